@@ -1,0 +1,55 @@
+"""The packaged WordNet 3.0 is whole, versioned, and answers by name, wnid and lemma without a download."""
+
+import pytest
+
+from t2iprobe import wordnet
+from t2iprobe.errors import UserError, suggest
+
+
+def test_packaged_database_is_the_versioned_one():
+    assert wordnet.content_hash() == wordnet.WORDNET_HASH
+    assert wordnet.reader().get_version() == "3.0"
+
+
+def test_every_noun_synset_is_there():
+    # wnstats(7WN) of WordNet 3.0: 82,115 noun synsets, 117,798 noun strings.
+    assert sum(1 for _ in wordnet.reader().all_synsets("n")) == 82_115
+    assert sum(1 for _ in wordnet.reader().all_lemma_names("n")) == 117_798
+
+
+@pytest.mark.parametrize("name", ["dog.n.01", "n02084071", "dog", "domestic dog", "Dog.n.1", " dog "])
+def test_synset_is_found_by_name_wnid_or_lemma(name):
+    found = wordnet.synset(name)
+    assert found.name() == "dog.n.01"
+    assert wordnet.wnid(found) == "n02084071"
+    assert found.lexname() == "noun.animal"
+    assert found.definition().startswith("a member of the genus Canis")
+
+
+def test_wnid_of_a_class_is_its_wordnet_offset():
+    assert wordnet.synset("n01440764").name() == "tench.n.01"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("camell", "did you mean camel"),
+        ("camell.n.01", "did you mean camel.n.01"),
+        ("dog.n.99", "dog has dog.n.01, frump.n.01"),
+        ("dog.n.00", "dog has dog.n.01"),
+        ("n02084072", "eight digits"),
+        ("", "no synset ''"),
+        ("zzqqxx", "no synset 'zzqqxx'"),
+    ],
+)
+def test_unknown_name_is_one_line_with_near_names(name, hint, recwarn):
+    with pytest.raises(UserError) as error:
+        wordnet.synset(name)
+    assert hint in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not recwarn.list
+
+
+def test_suggest_lists_near_names_only():
+    assert suggest("cmel", ["camel", "oven"]) == ", did you mean camel?"
+    assert suggest("xyz", ["camel", "oven"]) == ""
