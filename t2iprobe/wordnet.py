@@ -1,4 +1,4 @@
-"""WordNet 3.0 from the package itself: synsets by name, wnid or lemma, read through nltk, never downloaded."""
+"""WordNet 3.0 from the package itself: synsets by name, wnid or lemma, read by nltk, never downloaded."""
 
 import hashlib
 import re
@@ -51,7 +51,7 @@ def reader() -> "WordNetCorpusReader":
 
 
 def synset(name: str) -> "Synset":
-    """Return the synset called `name`: ``dog.n.01``, a wnid ``n02084071`` or a lemma ``dog`` (first noun sense).
+    """Return the synset called ``dog.n.01``, of the wnid ``n02084071`` or first noun sense of a lemma ``dog``.
 
     Raises UserError, with near names, where WordNet has none.
     """

@@ -166,7 +166,7 @@ class Hierarchy:
         return sorted(below)
 
     def resolve(self, name: str) -> str:
-        """Return the synset of the hierarchy meant by a name, wnid or lemma (its first sense in the hierarchy).
+        """Return the synset of the hierarchy meant by a name, wnid or lemma (its first sense that is there).
 
         Raises UserError where WordNet has no such synset or no class lies below it.
         """
@@ -246,7 +246,7 @@ class Hierarchy:
 
 
 def _label_classes(synsets: Sequence["wordnet.Synset"]) -> list[str]:
-    """First lemma of each class, with its hypernym in brackets where two classes share it (crane, maillot)."""
+    """First lemma of each class, with its hypernym in brackets where two share it (crane, maillot)."""
     lemmas = [synset.lemma_names()[0].replace("_", " ") for synset in synsets]
     shared = {lemma for lemma, count in Counter(lemmas).items() if count > 1}
     labels = []

@@ -1,4 +1,4 @@
-"""The ImageNet hierarchy has the paper's counts and subtrees; other label sets and ways to name synsets work."""
+"""The ImageNet hierarchy has the paper's counts and subtrees; other label sets work too."""
 
 import gzip
 import importlib.util
