@@ -51,7 +51,7 @@ def reader() -> "WordNetCorpusReader":
 
 
 def synset(name: str) -> "Synset":
-    """Return the synset called ``dog.n.01``, of the wnid ``n02084071`` or first noun sense of a lemma ``dog``.
+    """Return the synset called ``dog.n.01``, of wnid ``n02084071``, or the first noun sense of ``dog``.
 
     Raises UserError, with near names, where WordNet has none.
     """

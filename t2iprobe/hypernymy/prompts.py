@@ -60,8 +60,8 @@ def find_template(template: str) -> str:
 def render(template: str, synset: "Synset") -> str:
     """Write the prompt of a synset by a published template's name or by a template with fields.
 
-    Fields: {lemma} the first lemma, {lemmas} all of them, {other_lemmas} all but the first (all_lemmas without
-    any is the base prompt), {gloss} the definition, {article} a or an before {lemma}.
+    Fields: {lemma} the first lemma, {lemmas} all of them, {other_lemmas} all but the first (without any, the
+    published all_lemmas is the base prompt), {gloss} the definition, {article} a or an before {lemma}.
     """
     text = find_template(template)
     if text == TEMPLATES["all_lemmas"] and len(_lemmas(synset)) == 1:
@@ -73,7 +73,7 @@ def render(template: str, synset: "Synset") -> str:
 def read_prompts(path: str | Path) -> dict[str, list[str]]:
     """Read prompts written elsewhere: JSON lines with `synset` and `prompt` (or `prompts`, a list).
 
-    Returns synset name → its prompts in the order of the file. Raises UserError with the number of a bad line.
+    Returns synset name → its prompts, in the order of the file. Raises UserError naming a bad line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
