@@ -66,12 +66,11 @@ class Sample:
         # With one picture there is no corrected value, but the plug-in is the picture's own entropy.
         marginal = np.where(self.samples > 1, corrected, within) + self.plug_in_shift
         sizes = self.subtrees.sum(axis=1)
-        scs = marginal - within
-        scs = np.where(np.abs(scs) < 1e-12, 0.0, scs)  # equal pictures: what is left is rounding
+        scs, scs_corrected = _clear_rounding(marginal - within), _clear_rounding(corrected - within)
         return {
             "isp": isp,
             "scs": scs / self.normaliser,
-            "scs_corrected": (corrected - within) / self.normaliser,
+            "scs_corrected": scs_corrected / self.normaliser,
             "scs_mean_of_ratios": scs / np.log(np.where(sizes > 1, sizes, np.nan)),
             "scs_isp_weighted": isp * scs / self.normaliser,
             "subtree_entropy": within,
@@ -107,6 +106,11 @@ def estimate(values: Floats, replicates: Floats, rows: NDArray[np.int64]) -> dic
         "stderr_synsets": to_number(np.nanstd(synsets, ddof=1) if there.sum() > 1 else np.nan),
         "interval_synsets": to_numbers(interval(synsets)),
     }
+
+
+def _clear_rounding(values: Floats) -> Floats:
+    """Zero for what is only rounding: equal pictures have no divergence at all."""
+    return np.where(np.abs(values) < 1e-12, 0.0, values)
 
 
 def to_number(value: Any) -> float | None:

@@ -79,10 +79,10 @@ def find_unknown(sample: Sample, alpha: float = ALPHA) -> dict[str, Any]:
     subtrees = sample.subtrees.astype(np.float64)
     probabilities = np.array([pictures.mean_probabilities for pictures in sample.pictures])
     given = probabilities @ subtrees.T  # [prompt, subtree]
-    unrelated = np.asarray(subtrees @ subtrees.T == 0)
+    unrelated = subtrees @ subtrees.T == 0
     p, chance = np.full(len(sample.synsets), np.nan), np.full(len(sample.synsets), np.nan)
     ranked = unrelated.sum(axis=0) >= UNRELATED_PROMPTS
-    everything = sample.subtrees.all(axis=1)
+    everything = np.asarray(sample.subtrees.all(axis=1))
     for s in range(len(p)):
         others = given[unrelated[:, s], s]
         if len(others):
