@@ -1,4 +1,4 @@
-"""Intervals cover, unknown words are found at the promised rate, comparisons see what is there and no more."""
+"""Intervals cover, unknown words are found at the promised rate, comparisons see what is there, no more."""
 
 import json
 import time
@@ -237,10 +237,11 @@ def test_nothing_to_analyse(imagenet):
         statistics.analyse({}, imagenet)
 
 
-def test_comparison_finds_what_one_run_knows_and_the_other_does_not(imagenet, run):
+def test_comparison_finds_what_one_run_knows_and_the_other_does_not(imagenet):
     rng = np.random.default_rng(8)
-    more = draw(imagenet, imagenet.synsets, set(imagenet.synsets[:500]), 4, rng)
-    result = statistics.compare(run, more, imagenet, resamples=200)
+    few = draw(imagenet, imagenet.synsets, set(imagenet.synsets[:300]), 12, rng)
+    more = draw(imagenet, imagenet.synsets, set(imagenet.synsets[:500]), 12, rng)
+    result = statistics.compare(few, more, imagenet, resamples=200)
     json.dumps(result, allow_nan=False)
     isp = result["results"]["isp"]
     assert isp["difference"] == pytest.approx(isp["b"] - isp["a"])
@@ -257,16 +258,16 @@ def test_comparison_finds_what_one_run_knows_and_the_other_does_not(imagenet, ru
 
 
 def test_comparison_of_equal_models_finds_nothing(imagenet):
-    """Of 60 pairs of runs of one model, one in twenty may differ."""
+    """Of 40 pairs of runs of one model, one in twenty may differ."""
     rng = np.random.default_rng(9)
-    names = imagenet.synsets[::40]
+    names = imagenet.synsets[::20]
     results = []
-    for _ in range(60):
-        a, b = (draw(imagenet, names, set(names[:10]), 4, rng) for _ in range(2))
+    for _ in range(40):
+        a, b = (draw(imagenet, names, set(names[:20]), 4, rng) for _ in range(2))
         results.append(statistics.compare(a, b, imagenet, resamples=200)["results"]["isp"])
-    assert sum(result["p"] <= 0.05 for result in results) <= 8
-    assert sum(result["p_pictures"] <= 0.05 for result in results) <= 8
-    assert sum(result["interval"][0] <= 0 <= result["interval"][1] for result in results) >= 51
+    assert sum(result["p"] <= 0.05 for result in results) <= 6
+    assert sum(result["p_pictures"] <= 0.05 for result in results) <= 6
+    assert sum(result["interval"][0] <= 0 <= result["interval"][1] for result in results) >= 34
 
 
 def test_pairing_pictures_sees_smaller_differences(imagenet):
