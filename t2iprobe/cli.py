@@ -1,0 +1,376 @@
+"""The command line: words in, calls out. Everything heavy is imported inside the command that needs it."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import t2iprobe
+from t2iprobe.errors import UserError
+
+if TYPE_CHECKING:
+    from t2iprobe.config import Study
+    from t2iprobe.runs import Run, Share
+
+app = typer.Typer(
+    help="What does a text-to-image model understand? Probe it with WordNet, with error bars.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+hypernymy = typer.Typer(
+    help="Does the model know what is a kind of what? In-subtree probability and subtree coverage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(hypernymy, name="hypernymy")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where to write.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit code 0: done, 2: a mistake in the input, 130: stopped, 1: our bug."""
+    signal.signal(signal.SIGTERM, _stop)  # clusters stop a job by SIGTERM
+    try:
+        app()
+    except UserError as error:
+        print(f"t2iprobe: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """What does a text-to-image model understand? Probe it with WordNet, with error bars."""
+    if version:
+        print(t2iprobe.__version__)
+        raise typer.Exit
+
+
+@hypernymy.command()
+def run(
+    config: Annotated[
+        str | None, typer.Argument(help="A preset (tiny, embedded, paper, sd15, …) or a YAML file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="embedded, a pipeline folder, a weights file or a hub id.")
+    ] = None,
+    classifier: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="embedded, efficientnet-lite1, timm:NAME[@FILE] or torchvision:NAME; several: repeat it."
+        ),
+    ] = None,
+    synsets: Annotated[
+        str | None,
+        typer.Option(help="nonleaf, leaves, all, subtree:NAME, names, wnids, lemmas or files, by commas."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Pictures a synset and template.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all pictures.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale of guidance.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A diffusers scheduler, such as DDIMScheduler.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="A published template's name, or a text with {lemma}; several: repeat it."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts, rows synset and prompt.")] = None,
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="CSV of wnids of a classifier with other labels.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Pictures to keep: all, thumbnails or none.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: draw one of n shares of the run, 0/n to n-1/n.")] = "0/1",
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Allow more samples or synsets than the run has.")
+    ] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory; the same command continues it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw synsets, judge the pictures, report what the model understands. Can be stopped and continued."""
+    given = {
+        "model": model,
+        "classifiers": classifier,
+        "synsets": synsets,
+        "samples": samples,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "size": size,
+        "scheduler": scheduler,
+        "templates": template,
+        "prompts": prompts,
+        "hierarchy": hierarchy,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "keep": keep,
+    }
+    study = _load_study(config, given, settings)
+    if dry_run:
+        _print_plan(study, out, as_json)
+        return
+    _run_study(
+        study, _default_out(out, study.model), share=_read_share(shard), extend=extend, as_json=as_json
+    )
+
+
+@hypernymy.command()
+def pictures(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="DIR/<synset>/*, by synset name, wnid or lemma.")
+    ],
+    classifier: Annotated[list[str] | None, typer.Option(help="As in run; several: repeat it.")] = None,
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="CSV of wnids of a classifier with other labels.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Pictures to keep in the run: all, thumbnails or none.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on without pictures that cannot be read.")
+    ] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; the same command continues it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge pictures that were made elsewhere, so that any model can be probed."""
+    given = {"model": "folder", "classifiers": classifier, "hierarchy": hierarchy, "keep": keep}
+    study = _load_study(None, given, settings)
+    _run_study(study, _default_out(out, folder.name), folder=folder, skip_bad=skip_bad, as_json=as_json)
+
+
+@hypernymy.command()
+def score(
+    logits: Annotated[Path, typer.Argument(metavar="LOGITS.npz", help="synset → float32 [N, 1000].")],
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="CSV of wnids, for other labels than ImageNet-1k.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the metrics of logits made elsewhere (the published npz layout)."""
+    from t2iprobe.hypernymy.hierarchy import Hierarchy
+    from t2iprobe.hypernymy.results import score_file
+    from t2iprobe.storage import explain_full_disk, write_atomically
+
+    results = score_file(logits, Hierarchy.from_csv(hierarchy) if hierarchy else None)
+    if out is not None:
+        with explain_full_disk(out):
+            write_atomically(out, _to_json(results).encode())
+    _print_results(results, as_json, f"wrote {out}" if out else None)
+
+
+@hypernymy.command()
+def report(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Write the report of a run again, from its logits (of a part of it, too)."""
+    from t2iprobe.hypernymy.report import write_report
+    from t2iprobe.runs import Run
+
+    path = write_report(Run.open(folder))
+    _print({"report": str(path)}, as_json, f"wrote {path}")
+
+
+@hypernymy.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("comparison.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs: paired tests, and what each model knows that the other does not."""
+    from t2iprobe.hypernymy.report import write_comparison
+    from t2iprobe.runs import Run
+
+    path = write_comparison(Run.open(run_a), Run.open(run_b), out)
+    _print({"comparison": str(path)}, as_json, f"wrote {path}")
+
+
+@hypernymy.command()
+def unknown(folder: RunFolder, as_json: AsJson = False) -> None:
+    """List the synsets that the model does not draw better than chance."""
+    from t2iprobe.hypernymy.results import read_results
+    from t2iprobe.runs import Run
+
+    results = read_results(Run.open(folder))
+    rows = [row for row in results["synsets"] if not row["known"]]
+    lines = [
+        f"{row['synset']:32} isp {row['isp']:.4f}  chance {row['floor']:.4f}  p {row['p']:.3f}"
+        for row in rows
+    ]
+    summary = f"{len(rows)} of {len(results['synsets'])} synsets are not above chance"
+    _print({"unknown": rows, "of": len(results["synsets"])}, as_json, "\n".join([*lines, summary]))
+
+
+@hypernymy.command()
+def verify(
+    folder: RunFolder,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set damaged shards aside, to be drawn again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every stored shard and picture of a run. Exit code 2 where something is damaged."""
+    from t2iprobe.runs import Run
+
+    checked = Run.open(folder)
+    problems = checked.verify(repair=repair)
+    missing = len(checked.missing()) if repair or not problems else None
+    found = {
+        "problems": problems,
+        "repaired": repair and bool(problems),
+        "missing": missing,
+        "of": len(checked.plan),
+    }
+    lines = problems or ["everything that is stored is whole"]
+    if missing:
+        lines = [
+            *lines,
+            f"{missing} of {len(checked.plan)} pictures are missing: the run's command draws them",
+        ]
+    _print(found, as_json, "\n".join(lines))
+    if problems and not repair:
+        raise UserError(f"{len(problems)} problems in {folder}: add --repair to set the damaged shards aside")
+
+
+@hypernymy.command()
+def export(
+    folder: RunFolder,
+    form: Annotated[
+        str, typer.Option("--format", help="csv, markdown, or npz (the published layout of logits).")
+    ] = "csv",
+    classifier: Annotated[str | None, typer.Option(help="Of npz; the first by default.")] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's synsets as CSV, its leaderboard row as Markdown, or its logits as npz."""
+    from t2iprobe.hypernymy.results import export_run
+    from t2iprobe.runs import Run
+
+    path = export_run(Run.open(folder), form, out, classifier)
+    _print({"file": str(path)}, as_json, f"wrote {path}")
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Tell what this machine can do: devices, versions, what came with the package."""
+    from t2iprobe.machine import describe_machine
+
+    found = describe_machine()
+    _print(found, as_json, "\n".join(f"{key:12} {_plain(value)}" for key, value in found.items()))
+
+
+def _load_study(config: str | None, given: dict[str, Any], settings: list[str] | None) -> "Study":
+    from t2iprobe.config import load_study, parse_settings
+
+    chosen = {key: value for key, value in given.items() if value is not None and value != []}
+    return load_study(config, chosen | parse_settings(settings or []))
+
+
+def _default_out(out: Path | None, name: str) -> Path:
+    return out or Path("runs") / Path(name).name.partition("@")[0]
+
+
+def _read_share(text: str) -> "Share":
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--shard takes i/n with 0 ≤ i < n, such as 0/4, not {text!r}")
+    return int(index), int(count)
+
+
+def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None:
+    from t2iprobe.hypernymy.results import read_results
+    from t2iprobe.hypernymy.study import run_study
+    from t2iprobe.runs import Run
+
+    try:
+        with _progress_bar() as progress:
+            finished = run_study(study, out, progress=progress, **more)
+    except KeyboardInterrupt:
+        print(f"t2iprobe: stopped: {_count(Run, out)}; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if finished.complete:
+        _print_results(read_results(finished), as_json, f"report: {finished.path / 'report.html'}")
+    else:
+        left = len(finished.missing())
+        text = f"this share is done; {left} of {len(finished.plan)} pictures are left to other shares"
+        _print({"run": str(out), "missing": left}, as_json, text)
+
+
+def _count(run_class: type["Run"], out: Path) -> str:
+    if not (out / "manifest.json").exists():
+        return "nothing is stored yet"
+    stopped = run_class.open(out)
+    return f"{len(stopped.done())} of {len(stopped.plan)} pictures are stored in {out}"
+
+
+def _progress_bar() -> Any:
+    from t2iprobe.progress import progress_bar
+
+    return progress_bar("pictures")
+
+
+def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
+    from t2iprobe.hypernymy.study import plan_study
+
+    plan = plan_study(study, out)
+    cost = "unknown" if plan["seconds"] is None else _duration(plan["seconds"])
+    lines = [
+        f"{plan['pictures']} pictures of {plan['synsets']} synsets, {plan['stored']} of them stored",
+        f"first prompt: {plan['first_prompt']}",
+        f"time left here: {cost}",
+        *(f"  {key}: {_plain(value)}" for key, value in plan["configuration"].items() if value is not None),
+    ]
+    _print(plan, as_json, "\n".join(lines))
+
+
+def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> None:
+    lines = []
+    for key, label in (("isp", "in-subtree probability"), ("scs", "subtree coverage score")):
+        found = results["results"][key]
+        if found["value"] is not None:
+            low, high = found["interval"]
+            lines.append(f"{label:24} {found['value']:.4f}  [{low:.4f}, {high:.4f}]")
+    rows = results["synsets"]
+    lines.append(f"{'known synsets':24} {sum(row['known'] for row in rows)} of {len(rows)}")
+    _print(results, as_json, "\n".join([*lines, *([last] if last else [])]))
+
+
+def _print(found: Any, as_json: bool, text: str) -> None:
+    print(_to_json(found) if as_json else text)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds % 60):02} s"
+
+
+if __name__ == "__main__":
+    main()

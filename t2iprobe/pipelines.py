@@ -1,0 +1,400 @@
+"""Any diffusers text-to-image pipeline, from a hub id, a folder, a single file or the package's own assets.
+
+Weights come from safetensors, or from pickles read with ``weights_only``; code in a model is never run.
+"""
+
+import contextlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2iprobe.errors import UserError, suggest
+from t2iprobe.storage import hash_files
+
+if TYPE_CHECKING:
+    import torch
+
+# A diffusers.DiffusionPipeline: to a type checker its classes are stand-ins without attributes.
+Pipeline = Any
+EMBEDDED = "embedded"
+DTYPES = ("float32", "bfloat16", "float16")
+# Not used by a probe: a black picture in place of a judged one would be a wrong answer.
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CONTENT = (".json", ".txt", ".model", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SINGLE_FILE_CLASSES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "playground-v2-5": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "flux-dev": "FluxPipeline",
+    "flux-schnell": "FluxPipeline",
+    "auraflow": "AuraFlowPipeline",
+    "chroma": "ChromaPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "sana": "SanaPipeline",
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model lies: a pipeline folder, or a file and perhaps a folder of its configurations."""
+
+    folder: Path | None
+    file: Path | None = None
+
+
+def locate_model(model: str, *, variant: str | None = None, download: bool = True) -> ModelFiles:
+    """Find a model's files: ``embedded``, a folder, ``FILE`` or ``FILE@FOLDER``, a hub id ``ORG/NAME[@REV]``.
+
+    A hub id is downloaded, or with ``download=False`` looked up among what was downloaded before.
+    Raises UserError where there is nothing, or a folder that is not a pipeline's.
+    """
+    if model == EMBEDDED:
+        folder = Path(str(files("t2iprobe"))) / "assets" / "embedded_model"
+        if not (folder / "model_index.json").exists():
+            raise UserError(
+                "this copy of t2iprobe carries no embedded model: give --model FOLDER or a hub id"
+            )
+        return ModelFiles(folder)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelFiles(_check_folder(path))
+    if path.is_file():
+        return ModelFiles(None, path)
+    file, _, configuration = model.rpartition("@")
+    if file and Path(file).expanduser().is_file():
+        return ModelFiles(_check_folder(Path(configuration).expanduser()), Path(file).expanduser())
+    if not _HUB_ID.fullmatch(model) or path.suffix in _CONTENT:
+        raise UserError(
+            f"there is no model {model!r}: give 'embedded', a folder with model_index.json, "
+            "a single weights file, or a hub id ORG/NAME"
+        )
+    return ModelFiles(_find_hub_folder(model, variant, download))
+
+
+def _check_folder(folder: Path) -> Path:
+    if not (folder / "model_index.json").is_file():
+        inside = sorted(folder.glob("*/model_index.json"))
+        hint = f" ({inside[0].parent} has one)" if inside else ""
+        raise UserError(f"{folder} is not a diffusers pipeline folder: it has no model_index.json{hint}")
+    return folder
+
+
+def _find_hub_folder(model: str, variant: str | None, download: bool) -> Path:
+    name, _, revision = model.partition("@")
+    if not download:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(f"{model} has not been downloaded") from None
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with _quiet_libraries():
+            return Path(DiffusionPipeline.download(name, revision=revision or None, variant=variant))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"cannot get {model!r} from the hub ({_first_line(error)}): check the name and the network, "
+            "accept the model's terms there if it has any, or give a folder"
+        ) from None
+
+
+def load_pipeline(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    variant: str | None = None,
+    scheduler: str | None = None,
+) -> Pipeline:
+    """Load a pipeline, place it on `device` in `dtype` (see `place_pipeline`) and silence its progress bar.
+
+    `variant` names weight files such as ``*.fp16.safetensors``; `scheduler` replaces the model's own.
+    Raises UserError where the model cannot be found or loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    device = device or best_device()
+    dtype = resolve_dtype(dtype, device)
+    # On a CPU weights are loaded whole: what is lowered there is chosen by `place_pipeline`.
+    loaded_as = torch.float32 if device == "cpu" and dtype == "bfloat16" else getattr(torch, dtype)
+    source = locate_model(model, variant=variant)
+    try:
+        with _quiet_libraries():
+            if source.file is not None:
+                pipeline = _load_single_file(source, loaded_as)
+            else:
+                assert source.folder is not None
+                pipeline = _load_folder(source.folder, loaded_as, variant)
+            if scheduler:
+                pipeline.scheduler = find_scheduler(scheduler).from_config(pipeline.scheduler.config)
+            place_pipeline(pipeline, device, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def find_scheduler(name: str) -> Any:
+    """Return diffusers' scheduler class of that name. Raises UserError, with near names."""
+    import diffusers
+
+    names = [known for known in dir(diffusers) if known.endswith("Scheduler")]
+    if name not in names:
+        raise UserError(f"diffusers has no scheduler {name!r}{suggest(name, names)}")
+    return getattr(diffusers, name)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Silence the loading bars and advice of diffusers and transformers for a while."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            library.enable_progress_bar()
+
+
+def _load_folder(folder: Path, dtype: "torch.dtype", variant: str | None) -> Pipeline:
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    index = read_model_index(folder)
+    arguments: dict[str, Any] = {name: None for name in UNUSED_COMPONENTS if name in index}
+    if "requires_safety_checker" in index:
+        arguments["requires_safety_checker"] = False
+    if variant or _has_only_variant(folder):
+        arguments["variant"] = variant or "fp16"
+    arguments |= {"dtype": dtype, "local_files_only": True}
+    try:
+        return AutoPipelineForText2Image.from_pretrained(str(folder), **arguments)
+    except ValueError as error:
+        if "can't find a pipeline linked to" not in str(error):
+            raise
+    return DiffusionPipeline.from_pretrained(str(folder), **arguments)
+
+
+def _has_only_variant(folder: Path) -> bool:
+    weights = [path.name for path in folder.glob("*/*.safetensors")]
+    return bool(weights) and all(".fp16." in name for name in weights)
+
+
+def _load_single_file(source: ModelFiles, dtype: "torch.dtype") -> Pipeline:
+    import diffusers
+
+    assert source.file is not None
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if source.folder is not None:
+        name = read_model_index(source.folder)["_class_name"]
+        arguments |= {"config": str(source.folder), "local_files_only": True}
+    else:
+        name = _infer_single_file_class(source.file)
+    pipeline_class = getattr(diffusers, name)
+    if "safety_checker" in inspect.signature(pipeline_class.__init__).parameters:
+        arguments |= {"safety_checker": None, "requires_safety_checker": False}
+    return pipeline_class.from_single_file(str(source.file), **arguments)
+
+
+def _infer_single_file_class(file: Path) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file)))
+    if kind not in _SINGLE_FILE_CLASSES:
+        raise UserError(
+            f"{file} looks like a {kind!r} checkpoint, for which no text-to-image pipeline is known: "
+            f"give {file}@FOLDER, where FOLDER holds the model_index.json and configurations of its pipeline"
+        )
+    return _SINGLE_FILE_CLASSES[kind]
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """Read a pipeline folder's model_index.json. Raises UserError where it is not one."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'model_index.json'} is damaged: it names no pipeline class") from None
+    return index
+
+
+def best_device() -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``, the first that is there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def best_dtype(device: str) -> str:
+    """Return the fastest dtype that `device` computes natively and that is safe for diffusion."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if device == "cpu" and _cpu_computes_bfloat16() else "float32"
+
+
+def _cpu_computes_bfloat16() -> bool:
+    import torch
+
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)():
+            return True
+    with contextlib.suppress(OSError):
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """Return `dtype`, or the best one of `device` for ``auto``. Raises UserError for an unknown one."""
+    if dtype == "auto":
+        return best_dtype(device)
+    if dtype not in DTYPES:
+        raise UserError(
+            f"there is no dtype {dtype!r}{suggest(dtype, DTYPES) or ': use auto, ' + ', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
+    """Move a pipeline to `device` and lower it to `dtype`, in place.
+
+    bfloat16 on a CPU is meant for `inference_context`: only the weights of convolutions and linear layers are
+    lowered, so that autocast has nothing left to cast at each step. Norms, the text encoders (run once a
+    prompt) and the latents between steps stay in float32.
+    """
+    import torch
+
+    lowered = [
+        component
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module) and not name.startswith(("text_encoder", "bert"))
+    ]
+    on_cpu = device == "cpu"
+    if on_cpu and dtype == "bfloat16":
+        for component in lowered:
+            lower_weights(component, torch.bfloat16)
+    else:
+        pipeline.to(device)
+        if dtype != "float32":
+            pipeline.to(getattr(torch, dtype))
+    for component in lowered:
+        if device.startswith("cuda") or (on_cpu and dtype == "bfloat16"):
+            component.to(memory_format=torch.channels_last)
+        component.requires_grad_(False)
+
+
+def lower_weights(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """Cast the weights of all convolutions and linear layers in `module` to `dtype`, in place."""
+    import torch
+
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.to(dtype)
+
+
+def inference_context(device: str, dtype: str) -> contextlib.ExitStack:
+    """Return the context in which a placed network runs: no gradients; autocast for bfloat16 on a CPU."""
+    import torch
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.inference_mode())
+    if device == "cpu" and dtype == "bfloat16":
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+    return stack
+
+
+def accepted_arguments(pipeline: Pipeline, **wanted: Any) -> dict[str, Any]:
+    """Return those of `wanted` that the pipeline's call takes."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in wanted.items() if name in accepted}
+
+
+# In order of preference; every name of the first group that the call takes is given the value.
+_GUIDANCE = (("prior_guidance_scale", "decoder_guidance_scale"), ("guidance_scale",), ("true_cfg_scale",))
+_STEPS = (("num_inference_steps",), ("prior_num_inference_steps", "decoder_num_inference_steps"))
+# Their guidance_scale is for distilled weights only; guidance is true_cfg_scale, beside a negative prompt.
+_TRUE_CFG_FAMILIES = ("QwenImage",)
+
+
+def setting_arguments(
+    pipeline: Pipeline, steps: int | None, guidance: float | None, size: int | None
+) -> dict[str, Any]:
+    """Name steps, guidance and size (pixels) as this family's call does; None leaves them to its default.
+
+    Raises UserError where a setting is asked for that the family does not have.
+    """
+    family = type(pipeline).__name__
+    guidance_names: Iterable[tuple[str, ...]] = _GUIDANCE
+    if family.startswith(_TRUE_CFG_FAMILIES):
+        guidance_names = (("true_cfg_scale",),)
+    settings: dict[str, Any] = {}
+    for label, value, groups in (
+        ("steps", steps, _STEPS),
+        ("guidance", guidance, guidance_names),
+        ("size", size, (("height", "width"),)),
+    ):
+        if value is None:
+            continue
+        accepted = [
+            found
+            for names in groups
+            if (found := accepted_arguments(pipeline, **dict.fromkeys(names, value)))
+        ]
+        if not accepted:
+            raise UserError(f"{family} takes no {label}: leave it out (--set {label}=null)")
+        settings |= accepted[0]
+    if "true_cfg_scale" in settings:
+        settings |= accepted_arguments(pipeline, negative_prompt=" ")
+    return settings
+
+
+def model_hash(model: str, *, variant: str | None = None, download: bool = True) -> str:
+    """Hash the names and bytes of a model's configurations and weights, without loading them."""
+    source = locate_model(model, variant=variant, download=download)
+    hashed: dict[str, Path] = {}
+    if source.folder is not None:
+        index = read_model_index(source.folder)
+        used = {name for name in index if name not in UNUSED_COMPONENTS} | {"model_index.json"}
+        for path in source.folder.rglob("*"):
+            name = path.relative_to(source.folder)
+            if path.is_file() and path.suffix in _CONTENT and name.parts[0] in used:
+                hashed[name.as_posix()] = path
+    if source.file is not None:
+        hashed[""] = source.file
+    return hash_files(hashed)
+
+
+def read_scheduler(model: str, *, download: bool = True, variant: str | None = None) -> dict[str, Any] | None:
+    """Return the scheduler configuration in a model's folder, None where it has none (a single file)."""
+    folder = locate_model(model, variant=variant, download=download).folder
+    path = folder / "scheduler" / "scheduler_config.json" if folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

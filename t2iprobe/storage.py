@@ -1,0 +1,89 @@
+"""Files that are whole or absent: atomic writes, leftovers of killed processes, full disks, hashes."""
+
+import errno
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from t2iprobe.errors import UserError
+
+_HOST = re.sub(r"\W", "-", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\+(?P<pid>\d+)\.tmp")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary name, sync it, rename it to `path`, sync the folder."""
+    temporary = path.with_name(f".{path.name}.{_HOST}+{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that dead processes of this machine left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _HOST and not _is_running(int(match["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk (or quota, or file size limit) while writing below `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"the disk that holds {path} is full ({error.strerror}): everything stored so far is kept; "
+            "make room, then run the same command to continue"
+        ) from None
+
+
+def hash_files(paths: Mapping[str, Path]) -> str:
+    """Hash names and contents, in the names' order, to ``sha256:…``."""
+    digest = hashlib.sha256()
+    for name in sorted(paths):
+        digest.update(f"{name}\0{_hash_file(paths[name])}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def _hash_file(path: Path) -> str:
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name  # the hub's cache names a large file by its sha256
+    status = target.stat()
+    key = (str(target), status.st_size, status.st_mtime_ns)
+    if key not in _hashes:
+        with open(target, "rb") as file:
+            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[key]
