@@ -18,6 +18,8 @@ ALPHA = 0.05
 UNRELATED_PROMPTS = 60
 SAW = 5
 SIGN_FLIPS = 10_000
+# Probabilities nearer to 0 or 1 than this mean the same.
+TINY = 1e-6
 
 
 def analyse(
@@ -128,7 +130,8 @@ def compare(
     `results` has for each metric a, b, difference, its standard error and intervals as in `analyse`, `p` (the
     signs of the synsets' differences flipped at random: would it hold for other synsets?) and `p_pictures`
     (normal, from the standard error: would it hold for other pictures of these synsets?). `synsets` has one
-    row a synset with a t-test over pictures (paired, or Welch's) of the in-subtree probability, and its q.
+    row a synset with a t-test over pictures (paired, or Welch's) and its q. It tests the logit of the
+    in-subtree probability, whose own distribution is too skewed for a t-test of a few pictures.
     `only_a` and `only_b` list what one run knows and the other does not, largest difference first.
     """
     whole_a, whole_b = reduce_logits(logits_a, hierarchy), reduce_logits(logits_b, hierarchy)
@@ -236,16 +239,22 @@ def _compare_synsets(
     ]
 
 
+def _logit(probabilities: Floats) -> Floats:
+    clipped = np.clip(probabilities, TINY, 1 - TINY)
+    return np.log(clipped / (1 - clipped))
+
+
 def _test_difference(one: Floats, other: Floats, same_pictures: bool) -> float:
-    """Two-sided p of equal means of values [N]; NaN for a single picture."""
+    """Two-sided p of equal mean logits of probabilities [N]; NaN for a single picture."""
     from scipy import stats
 
     if len(one) < 2:
         return float("nan")
+    one, other = _logit(one), _logit(other)
     differences = other - one
     spread = differences if same_pictures else np.r_[one - one.mean(), other - other.mean()]
-    if np.ptp(spread) < 1e-12:  # no spread: the t statistic would be rounding
-        return 1.0 if abs(differences.mean()) < 1e-9 else 0.0
+    if np.ptp(spread) < 1e-9:  # no spread: the t statistic would be rounding
+        return 1.0 if abs(differences.mean()) < 1e-6 else 0.0
     if same_pictures:
         return float(stats.ttest_1samp(differences, 0.0).pvalue)
     return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
