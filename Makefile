@@ -1,0 +1,53 @@
+# `make probe` and `make test` set everything up from a fresh clone: .venv, pinned packages, packaged assets.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/embedded
+SAMPLES ?= 4
+
+.PHONY: probe test slow check format browser clean
+
+probe: $(VENV)/installed  ## draw, judge and report all 860 synsets with the packaged model; continues if cut off
+	@mkdir -p $(dir $(OUT))
+	$(BIN)/t2iprobe hypernymy run --model embedded --samples $(SAMPLES) --out $(OUT)
+	@echo "The report: $(OUT)/report.html"
+
+test: $(VENV)/installed  ## the quick tests, without network
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not browser"
+
+slow: $(VENV)/installed  ## the tests that take longer
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not browser"
+
+check: $(VENV)/checked  ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/checked
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+browser: $(VENV)/installed  ## open a report in headless Chromium, installing it where there is none
+	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
+		if ! command -v apt-get >/dev/null; then \
+			echo "make browser: there is neither Chromium nor apt-get here: install Chromium yourself" >&2; exit 2; \
+		fi; \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+		$$sudo apt-get update -qq </dev/null && \
+			DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq chromium </dev/null; \
+	fi
+	$(BIN)/python -m pytest -q -m browser tests/browser
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "t2iprobe needs Python 3.11 or newer: install it, or say make PYTHON=…" >&2; exit 2; fi
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/checked: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
