@@ -47,6 +47,16 @@ class Sample:
         return np.array([pictures.values.mean(axis=0) for pictures in self.pictures])
 
     @cached_property
+    def stderrs(self) -> Floats:
+        """[S, 4] standard error of each mean and of SCS (raw), by the jackknife; NaN for one picture."""
+        rows = []
+        for pictures in self.pictures:
+            values = np.c_[pictures.values, pictures.values[:, 2] - pictures.values[:, 1]]
+            several = len(values) > 1
+            rows.append(values.std(axis=0, ddof=1) / np.sqrt(len(values)) if several else np.full(4, np.nan))
+        return np.array(rows)
+
+    @cached_property
     def plug_in_shift(self) -> Floats:
         """[S] plug-in minus corrected marginal entropy."""
         plug_in = np.array([pictures.marginal_entropy for pictures in self.pictures])
