@@ -28,16 +28,16 @@ format: $(VENV)/checked
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-browser: $(VENV)/installed  ## open a report in headless Chromium, installing it where there is none
-	@if ! { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
+browser: $(VENV)/browser  ## open a report in headless Chromium, installing it where there is none
+	@if ! command -v chromedriver >/dev/null; then \
 		if ! command -v apt-get >/dev/null; then \
-			echo "make browser: there is neither Chromium nor apt-get here: install Chromium yourself" >&2; exit 2; \
+			echo "make browser: there is neither chromedriver nor apt-get here: install Chromium and it" >&2; exit 2; \
 		fi; \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 		$$sudo apt-get update -qq </dev/null && \
-			DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq chromium </dev/null; \
+			DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq chromium chromium-driver </dev/null; \
 	fi
-	$(BIN)/python -m pytest -q -m browser tests/browser
+	T2IPROBE_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
@@ -46,6 +46,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "t2iprobe needs Python 3.11 or newer: install it, or say make PYTHON=…" >&2; exit 2; fi
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/browser: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	@touch $@
 
 $(VENV)/checked: $(VENV)/installed

@@ -60,7 +60,7 @@ def name_model(results: Results) -> str:
     if folder := configuration.get("folder"):
         return f"Pictures in {PurePath(folder).name}"
     model = configuration.get("model") or results.get("source") or "Unnamed model"
-    return "The embedded model" if model == "embedded" else str(model)
+    return "Embedded model" if model == "embedded" else str(model)
 
 
 def count_samples(results: Results) -> str:

@@ -1,10 +1,15 @@
-"""A run directory with real analyses of made-up logits and pictures, for the tests of the pages."""
+"""Runs with real analyses of made-up logits and pictures, for the tests of the pages."""
+
+import io
 
 import numpy as np
+from PIL import Image
 
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.prompts import render
-from t2iprobe.runs import SCHEMA, Run
+from t2iprobe.hypernymy.report_page import render as render_report
+from t2iprobe.hypernymy.statistics import analyse
+from t2iprobe.runs import SCHEMA, Run, build_plan
 from t2iprobe.wordnet import synset
 
 CLASSES = 1000
@@ -44,7 +49,7 @@ def make_manifest(synsets, samples=4, model="embedded", classifiers=("embedded",
 
 
 def make_logits(plan, seed, skill=0.6):
-    """[n, C]: for a share `skill` of the synsets the pictures show classes of the subtree, else some other class."""
+    """[n, C]: for a share `skill` of the synsets the pictures show classes of the subtree, else another."""
     rng = np.random.default_rng(seed)
     hierarchy = Hierarchy.imagenet()
     known, other = {}, {}
@@ -78,3 +83,41 @@ def make_run(path, synsets=None, *, logits_seed=0, skill=0.6, pictures=True, **s
     logits = {name: make_logits(run.plan, logits_seed + i, skill) for i, name in enumerate(run.classifiers)}
     run.write_shard(range(len(run.plan)), logits, make_pictures(len(run.plan), logits_seed))
     return run
+
+
+def make_results(synsets=None, *, seeds=(0,), skill=0.6, **settings):
+    """results.json of a made-up run, without a directory; one classifier a seed. Returns (results, plan)."""
+    classifiers = ["embedded", "timm:other"][: len(seeds)]
+    manifest = make_manifest(synsets or Hierarchy.imagenet().synsets, classifiers=classifiers, **settings)
+    plan = build_plan(manifest["plan"], 0)
+    analyses = {}
+    for name, seed in zip(classifiers, seeds, strict=True):
+        logits: dict[str, list] = {}
+        for entry, row in zip(plan, make_logits(plan, seed, skill), strict=True):
+            logits.setdefault(entry.synset, []).append(row)
+        stacked = {synset: np.stack(rows) for synset, rows in logits.items()}
+        analyses[name] = analyse(stacked, Hierarchy.imagenet(), resamples=200)
+    parts = {key: manifest[key] for key in ("configuration", "identity", "versions", "created")}
+    return {"schema": "t2iprobe.results/1", **analyses["embedded"], **parts, "classifiers": analyses}, plan
+
+
+def encode_pictures(count=24):
+    """Some pictures as PNG bytes."""
+    encoded = []
+    for picture in make_pictures(count, seed=3):
+        target = io.BytesIO()
+        Image.fromarray(picture).save(target, "PNG")
+        encoded.append(target.getvalue())
+    return encoded
+
+
+def render_example(synsets=None, *, pictures=4, **settings):
+    """A report page of made-up results. Returns (page, results)."""
+    results, plan = make_results(synsets, **settings)
+    pool = encode_pictures()
+    names = [row["synset"] for row in results["synsets"]]
+    chosen = {name: [pool[(i + k) % len(pool)] for k in range(pictures)] for i, name in enumerate(names)}
+    entries: dict[str, list] = {}
+    for entry in plan:
+        entries.setdefault(entry.synset, []).append(entry)
+    return render_report(results, chosen.__getitem__, entries=entries), results
