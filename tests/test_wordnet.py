@@ -1,5 +1,7 @@
 """The packaged WordNet 3.0 is whole, versioned, and answers by name, wnid and lemma without a download."""
 
+import socket
+
 import pytest
 
 from t2iprobe import wordnet
@@ -48,6 +50,19 @@ def test_unknown_name_is_one_line_with_near_names(name, hint, recwarn):
     assert hint in str(error.value)
     assert "\n" not in str(error.value)
     assert not recwarn.list
+
+
+def test_nothing_is_downloaded(monkeypatch):
+    import nltk
+
+    def refuse(*_, **__):
+        raise AssertionError("WordNet asked for the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(nltk.data, "path", [])
+    wordnet.reader.cache_clear()
+    assert wordnet.synset("camel").lemma_names() == ["camel"]
+    assert wordnet.synset("camel").hyponyms()[0].name() == "arabian_camel.n.01"
 
 
 def test_suggest_lists_near_names_only():

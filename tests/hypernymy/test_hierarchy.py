@@ -3,6 +3,8 @@
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,15 @@ def test_packaged_table_equals_what_nltk_gives(imagenet, tmp_path):
     assert (tmp_path / "table.json").read_bytes() == IMAGENET_TABLE.read_bytes()
     assert built.content_hash() == imagenet.content_hash()
     assert imagenet.wnids == wnids
+
+
+def test_imagenet_opens_without_nltk_and_torch():
+    code = (
+        "import sys; from t2iprobe.hypernymy import Hierarchy; assert Hierarchy.imagenet().subtrees.any();"
+        "sys.exit(str({'nltk', 'torch', 'scipy', 'timm'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_class_labels_are_distinct(imagenet):
