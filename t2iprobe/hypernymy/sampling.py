@@ -55,9 +55,9 @@ ENCODED: dict[str, tuple[str | None, ...]] = {
 class DiffusersSampler:
     """Draw pictures with a diffusers pipeline, in batches across prompts.
 
-    Each picture has its own generator on the CPU, seeded by its entry, so that it is the same in any batch and
-    on any device, to rounding. In float32 each picture is computed alone, which makes it exactly the same: for
-    another batch size a kernel may sum in another order.
+    Each picture has its own generator on the CPU, seeded by its entry, so that it is the same in any batch
+    and on any device, to rounding. In float32 each picture is computed alone, which makes it exactly the
+    same: kernels may sum in another order for another batch size.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class DiffusersSampler:
         for picture, entry in zip(pictures, entries, strict=True):
             if not np.isfinite(picture).all():
                 raise UserError(
-                    f"the picture {entry.name} of {entry.synset} ({entry.prompt!r}) holds NaN in {self.dtype}, "
-                    "also if decoded in float32: try --dtype bfloat16 or float32; what is drawn so far is kept"
+                    f"the picture {entry.name} of {entry.synset} ({entry.prompt!r}) holds NaN "
+                    f"in {self.dtype}: try --dtype bfloat16 or float32; what is drawn so far is kept"
                 )
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Any]:
