@@ -36,7 +36,8 @@ def in_subtree_probabilities(logits: ArrayLike, subtree: ArrayLike) -> Floats:
     `subtree` is bool [C]. Raises UserError for shapes that do not fit, no pictures, or NaN.
     """
     logits, subtree = _check(logits, subtree)
-    return softmax(logits)[:, subtree].sum(axis=1)
+    # Rounding may leave 1 + 1e-16 where every class counts.
+    return np.minimum(softmax(logits)[:, subtree].sum(axis=1), 1.0)
 
 
 def in_subtree_probability(logits: ArrayLike, subtree: ArrayLike) -> float:
@@ -108,12 +109,11 @@ def measure(logits: Mapping[str, ArrayLike], hierarchy: Hierarchy) -> Measures:
     rows = []
     for name, subtree in zip(synsets, subtrees, strict=True):
         values, subtree = _check(logits[name], subtree, name)
-        isp = softmax(values)[:, subtree].sum(axis=1).mean()
         within = np.full(2, np.nan)
         if subtree.sum() > 1:
             q = softmax(values[:, subtree])
             within[:] = entropy(q).mean(), entropy(q.mean(axis=0))
-        rows.append((len(values), isp, *within))
+        rows.append((len(values), in_subtree_probability(values, subtree), *within))
     samples, isp, mean, marginal = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return Measures(
         synsets=synsets,

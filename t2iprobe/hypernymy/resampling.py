@@ -40,7 +40,7 @@ def describe_pictures(logits: NDArray[np.floating], subtree: NDArray[np.bool_]) 
     """Reduce the logits [N, C] of one synset to one row of values a picture."""
     probabilities = softmax(logits)
     values = np.full((len(logits), 3), np.nan)
-    values[:, 0] = probabilities[:, subtree].sum(axis=1)
+    values[:, 0] = np.minimum(probabilities[:, subtree].sum(axis=1), 1.0)
     marginal = np.nan
     if subtree.sum() > 1:
         q = softmax(logits[:, subtree])

@@ -121,6 +121,13 @@ def test_random_hierarchies_agree_with_loops(seed, imagenet):
             assert measured.marginal_entropy[i] == pytest.approx(marginal, abs=1e-12)
 
 
+def test_every_class_is_certain(imagenet):
+    logits = np.random.default_rng(0).normal(0, 5, (200, 1000)).astype(np.float32)
+    probabilities = metrics.in_subtree_probabilities(logits, imagenet.subtree("entity.n.01"))
+    assert probabilities.max() <= 1
+    assert probabilities == pytest.approx(1)
+
+
 def test_huge_logits_do_not_overflow():
     logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0]], dtype=np.float32)
     subtree = np.array([True, True, False])

@@ -78,6 +78,20 @@ def test_interval_of_one_synset_covers_its_mean(name, count):
     assert covered / 300 >= 0.9
 
 
+@pytest.mark.parametrize("count", [40, 400])
+def test_interval_over_synsets_covers_the_mean_of_their_population(count):
+    from t2iprobe.hypernymy.samples import estimate
+
+    rng = np.random.default_rng(10)
+    truth = POPULATIONS["often"](rng, 1_000_000).mean()
+    covered = 0
+    for values in POPULATIONS["often"](rng, (300, count)):
+        rows = resampling.bootstrap_rows(count, 200, rng)
+        low, high = estimate(values, np.repeat(values[None], 200, axis=0), rows)["interval_synsets"]
+        covered += low <= truth <= high
+    assert 0.89 <= covered / 300 <= 0.99
+
+
 def test_benjamini_hochberg_known_answer():
     p = np.array([0.01, 0.04, np.nan, 0.03, 0.005, 0.9])
     assert resampling.benjamini_hochberg(p)[[0, 1, 3, 4, 5]] == pytest.approx([0.025, 0.05, 0.05, 0.025, 0.9])
