@@ -135,7 +135,7 @@ function filterTable(form) {
   $(`[data-empty-of="${id}"]`).hidden = shown > 0;
 }
 for (const form of $$("[data-filters]")) {
-  form.addEventListener("input", () => filterTable(form));
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => filterTable(form));
   form.addEventListener("submit", (event) => event.preventDefault());
   filterTable(form); // a browser may have kept what was typed before a reload
 }
@@ -230,7 +230,8 @@ document.addEventListener("click", (event) => {
   history.pushState(null, "", "#" + name);
   openSheet(name);
 });
-addEventListener("popstate", followAddress);
+// The browser itself moves the focus after a change of address: ours must come after that.
+addEventListener("popstate", () => setTimeout(followAddress));
 followAddress();
 
 // ---- small things
