@@ -144,7 +144,13 @@ def load_pipeline(
                 pipeline.scheduler = find_scheduler(scheduler).from_config(pipeline.scheduler.config)
             place_pipeline(pipeline, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+        alone = source.file is not None and source.folder is None
+        hint = (
+            f"; where its configurations cannot be downloaded, give {model}@FOLDER that has them"
+            if alone
+            else ""
+        )
+        raise UserError(f"cannot load the model {model!r}: {_first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,0 +1,55 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2iprobe.errors import UserError
+from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically
+
+
+def test_a_written_file_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.json", b"1")
+    write_atomically(tmp_path / "a.json", b"2")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"2"
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    import t2iprobe.storage as storage
+
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        pass
+    dead = tmp_path / f".a.npz.{storage._HOST}+{child.pid}.tmp"
+    living = tmp_path / f".b.npz.{storage._HOST}+{os.getpid()}.tmp"
+    elsewhere = tmp_path / f".c.npz.other-host+{child.pid}.tmp"
+    for path in (dead, living, elsewhere):
+        path.touch()
+
+    remove_leftovers(tmp_path)
+
+    assert not dead.exists()
+    assert living.exists()
+    assert elsewhere.exists()
+
+
+def test_only_a_full_disk_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="disk that holds .* is full"), explain_full_disk(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), explain_full_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_hash_follows_content_and_name_but_not_place(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w").write_bytes(b"weights")
+    one, two = tmp_path / "one" / "w", tmp_path / "two" / "w"
+
+    assert hash_files({"w": one}) == hash_files({"w": two})
+    assert hash_files({"w": one}) != hash_files({"v": one})
+    two.write_bytes(b"other weights")
+    assert hash_files({"w": one}) != hash_files({"w": two})
