@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from t2iprobe.config import dump_study, load_study
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.prompts import render
 from t2iprobe.hypernymy.report_page import render as render_report
@@ -16,17 +17,15 @@ CLASSES = 1000
 
 
 def make_manifest(synsets, samples=4, model="embedded", classifiers=("embedded",), seed=0, **settings):
-    configuration = {
+    given = {
         "model": model,
         "classifiers": list(classifiers),
         "synsets": ",".join(synsets) if len(synsets) < 10 else "nonleaf",
         "samples": samples,
         "seed": seed,
-        "templates": ["base"],
-        "steps": 20,
-        "guidance": 5.0,
         **settings,
     }
+    configuration = dump_study(load_study(None, given))
     identity = {
         "model": "sha256:" + "0" * 64,
         "classifiers": {name: {"hash": "sha256:" + "1" * 64, "dtype": "float32"} for name in classifiers},

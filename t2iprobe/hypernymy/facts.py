@@ -162,7 +162,7 @@ def write_value(value: Any) -> str:
 
 
 def write_command(results: Results) -> str:
-    """Return the command that repeats the run: what differs from the settings of the default preset."""
+    """Return the command that repeats the run: what differs from the default settings of its model."""
     from t2iprobe.config import dump_study, load_study
 
     configuration = dict(results["configuration"])
@@ -172,8 +172,10 @@ def write_command(results: Results) -> str:
         )
     folder = configuration.pop("folder", None)
     parts = ["t2iprobe", "hypernymy", *(["pictures", folder] if folder else ["run"])]
-    defaults = dump_study(load_study())
+    defaults = dump_study(load_study(None, {"model": configuration["model"]}))
     for key, value in configuration.items():
+        if key == "model" and folder:
+            continue
         if key == "classifiers" and value != defaults[key]:
             parts += [part for name in value for part in ("--classifier", name)]
         elif key in ("model", "synsets", "samples", "seed") and not folder:

@@ -88,7 +88,8 @@ def write_json(results: Mapping[str, Any]) -> str:
 
 PLAIN_COLUMNS = (
     "synset", "classes", "samples", "isp", "isp_stderr", "floor", "chance", "p", "q", "test", "known",
-    "scs", "scs_raw", "scs_corrected", "subtree_entropy", "marginal_entropy",
+    "scs", "scs_stderr", "scs_raw", "scs_corrected", "subtree_entropy", "subtree_entropy_stderr",
+    "marginal_entropy", "marginal_entropy_stderr",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def embed_synsets(nodes: Mapping[str, views.Node], sides: Sequence[Shown]) -> di
 
 
 SHOWN = (
-    "isp", "isp_interval", "floor", "classes", "samples", "known", "p", "q", "scs",
+    "isp", "isp_interval", "floor", "classes", "samples", "known", "p", "q", "scs", "scs_stderr",
     "scs_raw", "scs_corrected",
     "subtree_entropy", "marginal_entropy", "chance", "test", "saw", "inside", "others",
 )  # fmt: skip

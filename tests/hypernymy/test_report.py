@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from importlib.resources import files
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from report_example import encode_pictures, make_results, make_run, render_example
 
+from t2iprobe.config import dump_study, load_study, parse_settings
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import facts, views
 from t2iprobe.hypernymy.hierarchy import Hierarchy
@@ -381,14 +383,38 @@ def test_csv_leaves_empty_what_has_no_value():
     assert row["synset"] == "acarine.n.01"
 
 
-def test_command_repeats_the_settings():
-    results, _ = make_results(FEW, seed=5)
-    command = facts.write_command(results)
-    assert command.startswith("t2iprobe hypernymy run --model embedded --synsets dog.n.01,")
-    assert "--seed 5" in command
-    assert "guidance" not in command  # the preset's own
-    results["configuration"]["guidance"] = 2.5
-    assert "--set guidance=2.5" in facts.write_command(results)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"seed": 5, "guidance": 2.5, "steps": None},
+        {"model": "org/name", "steps": 30, "guidance": 7.5},
+        {
+            "classifiers": ["timm:vit_base_patch16_224", "embedded"],
+            "templates": ["base", 'it\'s a "{lemma}"'],
+        },
+    ],
+)
+def test_command_repeats_the_settings(settings):
+    """What the command line would make of the printed command is the run's own configuration."""
+    study = load_study(None, {"synsets": ",".join(FEW), **settings})
+    words = shlex.split(facts.write_command({"configuration": dump_study(study)}))
+    assert words[:3] == ["t2iprobe", "hypernymy", "run"]
+    given, pairs = {}, []
+    for option, value in zip(words[3::2], words[4::2], strict=True):
+        if option == "--set":
+            pairs.append(value)
+        elif option == "--classifier":
+            given.setdefault("classifiers", []).append(value)
+        elif option != "--out":
+            given[option.removeprefix("--")] = value
+    assert load_study(None, given | parse_settings(pairs)) == study
+
+
+def test_command_of_a_folder_judges_it_again():
+    configuration = dump_study(load_study(None, {"model": "folder"})) | {"folder": "my pictures"}
+    command = facts.write_command({"configuration": configuration})
+    assert command == "t2iprobe hypernymy pictures 'my pictures' --out RUN"
 
 
 def test_comparison_page_has_the_differences(runs, tmp_path):
