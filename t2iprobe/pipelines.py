@@ -145,11 +145,7 @@ def load_pipeline(
             place_pipeline(pipeline, device, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         alone = source.file is not None and source.folder is None
-        hint = (
-            f"; where its configurations cannot be downloaded, give {model}@FOLDER that has them"
-            if alone
-            else ""
-        )
+        hint = f"; where its configurations cannot be had, give {model}@FOLDER with them" if alone else ""
         raise UserError(f"cannot load the model {model!r}: {_first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

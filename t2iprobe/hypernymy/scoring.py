@@ -242,7 +242,8 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
         raise UserError(f"timm has no model {name!r}{suggest(name.split('.')[0], timm.list_models())}")
     try:
         if file:
-            network = timm.create_model(name, pretrained=False, checkpoint_path=file)
+            count = _count_stored_classes(name, file)
+            network = timm.create_model(name, pretrained=False, num_classes=count, checkpoint_path=file)
         else:
             network = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -257,6 +258,16 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
         settings["mean"],
         settings["std"],
     )
+
+
+def _count_stored_classes(name: str, file: str) -> int | None:
+    """Return how many classes the head in a weights file of timm's network `name` has, None if unsaid."""
+    from timm.models import get_pretrained_cfg, load_state_dict
+
+    configuration = get_pretrained_cfg(name)
+    head = getattr(configuration, "classifier", None)
+    bias = load_state_dict(file, weights_only=True).get(f"{head}.bias")
+    return None if bias is None else len(bias)
 
 
 def _load_torchvision(name: str) -> tuple[Any, Preprocess]:
