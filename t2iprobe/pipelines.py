@@ -322,8 +322,8 @@ def lower_weights(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
 def normalise_alone(module: "torch.nn.Module") -> None:
     """Make the group norms in `module` treat each picture of a batch alone, in place, so that batches agree.
 
-    On a CPU the kernel for maps of 32 by 32 and more splits the whole batch among threads: a picture's sums then
-    depend on how many others there are. Every other kernel of these networks was found not to.
+    On a CPU the kernel for maps of 32 by 32 and more splits the whole batch among threads: a picture's sums
+    then depend on how many others there are. No other bfloat16 kernel of these networks was found to.
     """
     import torch
 

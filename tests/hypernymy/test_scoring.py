@@ -38,7 +38,7 @@ def test_efficientnet_lite_in_timm_equals_the_original_network(number: str) -> N
     pictures = make_natural_pictures(4, SIDES[number])
     inputs = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        # the original's own normalisation; the pictures have the input's size, so nothing is resized before it
+        # the original's normalisation; the pictures have the input's size, so nothing is resized
         expected = original((inputs.float() - 127) / 128).numpy()
     scorer = load_scorer(name, device="cpu", dtype="float32")
     scorer._preprocess = make_preprocess(SIDES[number], 1.0, "bicubic", [127 / 255] * 3, [128 / 255] * 3)
