@@ -7,7 +7,7 @@ from typing import Any
 from t2iprobe import __version__
 from t2iprobe.hypernymy import facts, views
 from t2iprobe.hypernymy.hierarchy import Hierarchy
-from t2iprobe.hypernymy.report_page import Entries, embed_synsets
+from t2iprobe.hypernymy.report_page import Entries, Shown, embed_synsets
 from t2iprobe.hypernymy.views import Row
 from t2iprobe.pages import charts, render_page
 from t2iprobe.pages.thumbnails import BUDGET_BYTES, Pictures, make_strips
@@ -53,23 +53,16 @@ def render_comparison(
         hierarchy: of its classes (ImageNet's by default).
     """
     hierarchy = hierarchy or Hierarchy.imagenet()
-    rows_by_side = [
-        {row["synset"]: row for row in views.enrich_rows(side.results, hierarchy)} for side in sides
-    ]
-    strips = [
-        make_strips(list(rows), side.pictures, BUDGET_BYTES // 2)
-        for rows, side in zip(rows_by_side, sides, strict=True)
-    ]
-    nodes = views.build_nodes([*rows_by_side[0].values(), *rows_by_side[1].values()])
-    rows = [describe_row(row, nodes) for row in comparison["synsets"]]
     names = name_sides(sides)
-    data = embed_synsets(
-        nodes,
-        [
-            (name, rows_by_side[index], sides[index].entries, strips[index])
-            for index, name in enumerate(names)
-        ],
-    )
+    shown = []
+    for name, side in zip(names, sides, strict=True):
+        side_rows = views.enrich_rows(side.results, hierarchy)
+        synsets = [row["synset"] for row in side_rows]
+        strips = make_strips(synsets, side.pictures, BUDGET_BYTES // 2)
+        shown.append(Shown(side.results, side_rows, side.entries, strips, name))
+    nodes = views.build_nodes([row for side in shown for row in side.rows])
+    rows = [describe_row(row, nodes) for row in comparison["synsets"]]
+    data = embed_synsets(nodes, shown)
     for row in rows:
         data["synsets"][row["synset"]] |= {"difference": row["difference"], "q": row["q"]}
     return render_page(
@@ -90,10 +83,10 @@ def render_comparison(
         ],
         points=place_points(rows),
         groups=choose_differences(rows, names),
-        has_strips=[set(side) for side in strips],
+        has_strips=[set(side.strips) for side in shown],
         settings=compare_settings(sides),
         data=data,
-        strips=[{name: vars(strip) for name, strip in side.items()} for side in strips],
+        strips=[{name: vars(strip) for name, strip in side.strips.items()} for side in shown],
     )
 
 

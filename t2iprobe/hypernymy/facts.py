@@ -1,4 +1,4 @@
-"""The report page of one run, from its results and pictures."""
+"""What the pages say of a run as a whole: its measures, its settings, how to repeat it. No HTML here."""
 
 import json
 import shlex
@@ -19,6 +19,12 @@ MEASURES = {
     "subtree_entropy": "Subtree entropy within a picture (nats)",
     "marginal_entropy": "Marginal subtree entropy (nats)",
 }
+NAMES = {"nonleaf": "synsets above the classes", "leaves": "classes"}
+#: What a run does not use that judges pictures made elsewhere.
+DRAWING = (
+    "model", "variant", "synsets", "samples", "seed", "templates", "prompts", "steps", "guidance", "size",
+    "scheduler", "dtype",
+)  # fmt: skip
 #: arXiv 2310.09247, ViT-B/16: (model, ISP, SCS at N = 32).
 PUBLISHED = (
     ("unCLIP", 0.35, 0.19),
@@ -58,7 +64,7 @@ def name_model(results: Results) -> str:
     """Return the name that stands in the title."""
     configuration = results["configuration"]
     if folder := configuration.get("folder"):
-        return f"Pictures in {PurePath(folder).name}"
+        return f"Pictures in {PurePath(folder).name}/"
     model = configuration.get("model") or results.get("source") or "Unnamed model"
     return "Embedded model" if model == "embedded" else str(model)
 
@@ -87,8 +93,8 @@ def list_warnings(results: Results) -> list[str]:
     if coverage["synsets"] < coverage["of"]:
         warnings.insert(
             0,
-            f"Only {coverage['synsets']} of the {coverage['of']} synsets were probed: the means are over "
-            "these, not comparable with a full probe.",
+            f"Only {coverage['synsets']} of the {coverage['of']} {NAMES[coverage['evaluated']]} were probed: "
+            "the headline is the mean over these, and compares with no full probe.",
         )
     return warnings
 
@@ -137,6 +143,13 @@ def list_classifiers(results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def list_settings(results: Results) -> list[tuple[str, str]]:
+    """Return the settings that the run used, as (name, text) pairs."""
+    configuration = results["configuration"]
+    unused = DRAWING if "folder" in configuration else ()
+    return flatten({key: value for key, value in configuration.items() if key not in unused})
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return nested settings as (dotted name, text) pairs."""
     pairs: list[tuple[str, str]] = []
@@ -158,7 +171,7 @@ def write_value(value: Any) -> str:
         return ", ".join(f"{key} {write_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "none" if value is None else str(value)
+    return "not set" if value is None else str(value)
 
 
 def write_command(results: Results) -> str:

@@ -109,7 +109,7 @@ def write_leaderboard(results: Mapping[str, Any]) -> str:
     results = facts.complete(results)
     isp, scs = results["results"]["isp"], results["results"]["scs"]
     known = sum(row["known"] for row in results["synsets"])
-    settings = results["configuration"] | results["identity"]
+    identity = results["identity"]  # what was used, where the configuration may say `auto`
     cells = {
         "Model": facts.name_model(results),
         "ISP": format_score(isp["value"]),
@@ -121,8 +121,8 @@ def write_leaderboard(results: Mapping[str, Any]) -> str:
         "Synsets": f"{results['coverage']['synsets']} of {results['coverage']['of']}",
         "Known": f"{known} of {len(results['synsets'])}",
         "Classifier": next(iter(results["classifiers"])),
-        "Scheduler": facts.name_scheduler(settings.get("scheduler")),
-        **{key.capitalize(): facts.write_value(settings.get(key)) for key in SETTING_COLUMNS},
+        "Scheduler": facts.name_scheduler(identity.get("scheduler")),
+        **{key.capitalize(): facts.write_value(identity.get(key)) for key in SETTING_COLUMNS},
     }
     rows = [list(cells), ["---"] * len(cells), [escape_cell(value) for value in cells.values()]]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,6 +1,7 @@
 """The report page of one run, from its results and pictures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from t2iprobe import __version__
@@ -75,19 +76,19 @@ def render(
         measures=facts.list_measures(results),
         differences=facts.list_differences(results),
         published=facts.compare_published(results),
-        tree=views.build_tree(nodes),
+        tree=views.build_tree(nodes, open_levels=4 if len(nodes) > 80 else len(nodes)),
         concepts=concepts,
         strips_kept=bool(strips),
         unknown_words=sorted((row for row in rows if not row["known"]), key=lambda row: row["lemma"]),
         others=list(results["classifiers"])[1:],
         classifiers=facts.list_classifiers(results),
         command=facts.write_command(results),
-        settings=facts.flatten(results["configuration"]),
+        settings=facts.list_settings(results),
         identity=facts.flatten(results["identity"]),
         versions=facts.flatten(results["versions"]),
         seeding=facts.describe_seeding(results),
         test=facts.describe_test(results),
-        data=embed_synsets(nodes, [(model, {row["synset"]: row for row in rows}, entries or {}, strips)]),
+        data=embed_synsets(nodes, [Shown(results, rows, entries or {}, strips)]),
         strips=[{name: vars(strip) for name, strip in strips.items() if name not in inlined}],
     )
 
@@ -113,24 +114,30 @@ def lay_out_concepts(
     return groups, inlined
 
 
-Shown = tuple[str, Mapping[str, Row], Entries, Mapping[str, Strip]]
+@dataclass(frozen=True)
+class Shown:
+    """One run on a page: its results, its enriched rows, its plan entries and strips by synset."""
+
+    results: Mapping[str, Any]
+    rows: Sequence[Row]
+    entries: Entries
+    strips: Mapping[str, Strip]
+    name: str = ""
 
 
 def embed_synsets(nodes: Mapping[str, views.Node], sides: Sequence[Shown]) -> dict[str, Any]:
-    """Return what the page's script shows of one synset: WordNet's words, and the result in each run.
-
-    `sides`: (name of the run, its rows by synset, its plan entries, its strips).
-    """
+    """Return what the page's script shows of one synset: WordNet's words, and the result in each run."""
     synsets: dict[str, Any] = {}
+    rows = [{row["synset"]: row for row in side.rows} for side in sides]
     for name, node in nodes.items():
         synsets[name] = {
             "lemmas": node.lemmas,
             "gloss": node.gloss,
             "parents": node.parents,
             "children": node.children,
-            "runs": [describe_result(rows.get(name), entries, strips) for _, rows, entries, strips in sides],
+            "runs": [describe_result(side, rows[i].get(name)) for i, side in enumerate(sides)],
         }
-    return {"scale": SCALE, "runs": [side[0] for side in sides], "synsets": synsets}
+    return {"scale": SCALE, "runs": [side.name for side in sides], "synsets": synsets}
 
 
 SHOWN = (
@@ -140,12 +147,15 @@ SHOWN = (
 )  # fmt: skip
 
 
-def describe_result(row: Row | None, entries: Entries, strips: Mapping[str, Strip]) -> dict[str, Any] | None:
-    """Return one synset's result in one run, with the prompt and seed of every picture that is shown."""
+def describe_result(side: Shown, row: Row | None) -> dict[str, Any] | None:
+    """Return one synset's result in one run, with what made every picture that is shown."""
     if row is None:
         return None
-    strip = strips.get(row["synset"])
-    shown = entries.get(row["synset"], [])[: strip.count if strip else 1]
-    # Seeds have up to 63 bits: as text, else JavaScript would round them.
-    pictures = [{"prompt": entry.prompt, "seed": str(entry.seed)} for entry in shown]
+    strip = side.strips.get(row["synset"])
+    entries = side.entries.get(row["synset"], [])[: strip.count if strip else 1]
+    if "folder" in side.results["configuration"]:
+        pictures = [{"file": entry.prompt} for entry in entries]
+    else:
+        # Seeds have up to 63 bits: as text, else JavaScript would round them.
+        pictures = [{"prompt": entry.prompt, "seed": str(entry.seed)} for entry in entries]
     return {**{key: row[key] for key in SHOWN}, "entries": pictures}

@@ -98,7 +98,7 @@ def build_nodes(rows: Sequence[Row]) -> dict[str, Node]:
     return nodes
 
 
-def build_tree(nodes: Mapping[str, Node], open_levels: int = 4) -> list[dict[str, Any]]:
+def build_tree(nodes: Mapping[str, Node], open_levels: int) -> list[dict[str, Any]]:
     """Return the tree from its roots; a synset with several parents hangs, whole, under the first of them.
 
     Each item: {node, children, elsewhere (shown in full under another parent), open}.

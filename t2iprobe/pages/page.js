@@ -149,9 +149,9 @@ function picturesOf(name, run, result) {
   const strip = stripOf(name, run);
   if (!strip) return make("p", { class: "empty-pictures" }, "no pictures kept");
   const tiles = Array.from({ length: strip.count }, (_, i) => {
-    const entry = result.entries?.[i];
+    const entry = result.entries[i];
     return make("li", {}, make("figure", { class: "tile" }, square(strip, i, `picture ${i + 1} drawn for “${data.synsets[name].lemmas[0]}”`),
-      entry ? make("figcaption", {}, make("span", { class: "hidden-visually" }, "seed "), entry.seed) : null));
+      entry ? make("figcaption", {}, make("span", { class: "hidden-visually" }, entry.seed ? "seed " : "file "), entry.seed ?? entry.file) : null));
   });
   return make("ul", { class: "tiles" }, ...tiles);
 }
@@ -179,10 +179,10 @@ function sideOf(name, run) {
   const result = data.synsets[name].runs[run];
   const heading = data.runs.length > 1 ? make("h3", {}, data.runs[run]) : null;
   if (!result) return make("div", {}, heading, make("p", { class: "soft" }, "Not probed in this run."));
-  const prompts = [...new Set((result.entries ?? []).map((entry) => entry.prompt))];
+  const prompts = [...new Set(result.entries.map((entry) => entry.prompt).filter(Boolean))];
   return make("div", {}, heading,
     ...prompts.map((prompt) => make("p", { class: "soft" }, `Prompt: “${prompt}”`)),
-    picturesOf(name, run, result), result.entries && stripOf(name, run) ? make("p", { class: "soft small" }, "Under each picture is its seed.") : null,
+    picturesOf(name, run, result), result.entries.length && stripOf(name, run) ? make("p", { class: "soft small" }, `Under each picture is its ${result.entries[0].seed ? "seed" : "file"}.`) : null,
     numbersOf(result),
     make("h3", {}, "What the classifier saw"), make("p", { class: "soft small" }, "Mean probability over the pictures; ✓ is a kind of the word."), sawOf(result));
 }

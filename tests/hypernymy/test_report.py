@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from types import SimpleNamespace
@@ -280,7 +281,7 @@ def test_tree_shows_every_synset_once_in_full_and_at_each_parent():
                 full.append(name)
             walk(item["children"], name)
 
-    tree = views.build_tree(nodes)
+    tree = views.build_tree(nodes, open_levels=4)
     walk(tree, None)
     assert [item["node"].name for item in tree] == ["entity.n.01"]
     assert sorted(full) == sorted(nodes)
@@ -453,3 +454,17 @@ def test_whole_probe_fits_in_a_small_page():
     assert len(results["synsets"]) == 860
     assert sum(tag == "tr" and "data-kind" in attributes for tag, attributes in page.tags) == 860
     assert len(text.encode()) < 12_000_000
+
+
+def test_pictures_made_elsewhere_show_their_files_not_settings_they_did_not_use():
+    results, plan = make_results(["dog.n.01"], steps=77)
+    results["configuration"] |= {"folder": "somewhere/mine"}
+    results["identity"] = {"keep": "all"}
+    entries = {"dog.n.01": [replace(plan[0], prompt="dog.n.01/one.png")]}
+    page = check_page(render(results, lambda name: encode_pictures(1), entries=entries))
+    run = json.loads(page.scripts["data"])["synsets"]["dog.n.01"]["runs"][0]
+    assert run["entries"] == [{"file": "dog.n.01/one.png"}]
+    assert "77" not in page.texts["settings"] + write_leaderboard(results)
+    assert facts.list_settings(results)[-1] == ("folder", "somewhere/mine")
+    assert "steps" not in dict(facts.list_settings(results))
+    assert facts.name_model(results) == "Pictures in mine/"
