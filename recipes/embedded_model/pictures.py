@@ -44,11 +44,9 @@ HELD_OUT_WORDS = re.compile(
     "tiger|harp|ambulan|bucket|maraca|soccer|football|teapot|kettle|pretzel|joystick|puzzle|jigsaw|plunger"
     "|mortar|graduat|sunglass|glasses|crutch|star|gradient|arrow|flag|led |button|icon|letter|shadow"
 )
-IGNORED_WORDS = frozenset(
-    (
-        "a an the of with in on and to from by for at is old new small large big black white red green blue "
-        "yellow face left right one two open side top"
-    ).split()  # noqa: SIM905
+IGNORED_WORDS = re.compile(
+    "a|an|the|of|with|in|on|and|to|from|by|for|at|is|old|new|small|large|big|black|white|red|green|blue|yellow"
+    "|face|left|right|one|two|open|side|top"
 )
 MOST_PER_SYNSET = 5
 FIELDS = ("part", "synset", "collection", "file", "isp")
@@ -104,7 +102,7 @@ def candidate_synsets(names: tuple[str, ...], known: set[str]) -> list[str]:
         for length in range(min(4, len(words)), 0, -1):
             for start in range(len(words) - length + 1):
                 run = words[start : start + length]
-                if length == 1 and (run[0] in IGNORED_WORDS or len(run[0]) < 3):
+                if length == 1 and (IGNORED_WORDS.fullmatch(run[0]) or len(run[0]) < 3):
                     continue
                 for form in sorted({"_".join(run), "".join(run), "-".join(run)}):
                     for sense in wordnet.reader().synsets(form, "n")[:4]:
