@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -60,17 +61,23 @@ def _write_slow_tokenizer(folder: Path) -> None:
 
 
 def export_concepts(work: Path, folder: Path) -> None:
-    """Save the held-out pictures as `folder/<synset>/<n>.png`, with a table of where each comes from."""
+    """Save the held-out pictures as `folder/<synset>/<n>.png`, with a table of where each comes from.
+
+    Tux Paint's stamps stay out: their licence (GPL) would bind whoever passes the package on.
+    """
     pictures = torch.load(work / "pictures.pt", weights_only=True)
     with open(HERE / "pictures.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["part"] == "held"]
+    numbers: Counter[str] = Counter()
     table = []
-    for number, (row, picture) in enumerate(zip(rows, pictures["held96"], strict=True)):
-        first = next(index for index, other in enumerate(rows) if other["synset"] == row["synset"])
-        file = Path(row["synset"]) / f"{number - first}.png"
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / file, optimize=True)
-        table.append((str(file), row["collection"], row["file"], LICENCES[row["collection"]]))
+    for row, picture in zip(rows, pictures["held96"], strict=True):
+        if row["collection"] == "stamps":
+            continue
+        file_name = Path(row["synset"]) / f"{numbers[row['synset']]}.png"
+        numbers[row["synset"]] += 1
+        (folder / file_name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / file_name, optimize=True)
+        table.append((str(file_name), row["collection"], row["file"], LICENCES[row["collection"]]))
     with open(folder / "sources.csv", "w", newline="") as out:
         csv.writer(out).writerows([("picture", "collection", "file", "licence"), *table])
 
