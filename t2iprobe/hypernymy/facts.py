@@ -187,7 +187,7 @@ def write_command(results: Results) -> str:
     parts = ["t2iprobe", "hypernymy", *(["pictures", folder] if folder else ["run"])]
     defaults = dump_study(load_study(None, {"model": configuration["model"]}))
     for key, value in configuration.items():
-        if key == "model" and folder:
+        if folder and key in DRAWING:
             continue
         if key == "classifiers" and value != defaults[key]:
             parts += [part for name in value for part in ("--classifier", name)]
