@@ -152,8 +152,8 @@ def compare_settings(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """Return every setting, identity and version of both runs, those that differ first."""
     flat: list[dict[str, str]] = []
     for side in sides:
-        parts = {key: side.results[key] for key in ("configuration", "identity", "versions", "created")}
-        flat.append(dict(facts.flatten(parts)))
+        parts = {key: side.results[key] for key in ("identity", "versions", "created")}
+        flat.append(dict(facts.list_settings(side.results) + facts.flatten(parts)))
     keys = list(dict.fromkeys([*flat[0], *flat[1]]))
     pairs = [{"name": key, "a": flat[0].get(key, "–"), "b": flat[1].get(key, "–")} for key in keys]
     return sorted(pairs, key=lambda pair: pair["a"] == pair["b"])
