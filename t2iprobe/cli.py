@@ -348,8 +348,8 @@ def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> 
     for key, label in (("isp", "in-subtree probability"), ("scs", "subtree coverage score")):
         found = results["results"][key]
         if found["value"] is not None:
-            low, high = found["interval"]
-            lines.append(f"{label:24} {found['value']:.4f}  [{low:.4f}, {high:.4f}]")
+            interval = "  [{:.4f}, {:.4f}]".format(*found["interval"]) if found["interval"] else ""
+            lines.append(f"{label:24} {found['value']:.4f}{interval}")
     rows = results["synsets"]
     lines.append(f"{'known synsets':24} {sum(row['known'] for row in rows)} of {len(rows)}")
     _print(results, as_json, "\n".join([*lines, *([last] if last else [])]))

@@ -22,7 +22,8 @@ def describe_machine() -> dict[str, Any]:
     """Return devices, the dtype chosen for each, versions, presets and what came with the package."""
     import torch
 
-    from t2iprobe.pipelines import best_dtype, locate_model
+    from t2iprobe.devices import best_dtype
+    from t2iprobe.pipelines import locate_model
 
     devices = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():

@@ -13,16 +13,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t2iprobe.devices import best_device, best_dtype, lower_weights, normalise_alone, resolve_dtype
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.storage import hash_files
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "Pipeline",
+    "accepted_arguments",
+    "best_device",
+    "best_dtype",
+    "load_pipeline",
+    "locate_model",
+    "model_hash",
+    "place_pipeline",
+    "read_scheduler",
+    "resolve_dtype",
+    "setting_arguments",
+]
+
 # A diffusers.DiffusionPipeline: to a type checker its classes are stand-ins without attributes.
 Pipeline = Any
 EMBEDDED = "embedded"
-DTYPES = ("float32", "bfloat16", "float16")
 # Not used by a probe: a black picture in place of a judged one would be a wrong answer.
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -241,46 +255,6 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def best_device() -> str:
-    """Return ``cuda``, ``mps`` or ``cpu``, the first that is there."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def best_dtype(device: str) -> str:
-    """Return the fastest dtype that `device` computes natively and that is safe for diffusion."""
-    import torch
-
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if device == "cpu" and _cpu_computes_bfloat16() else "float32"
-
-
-def _cpu_computes_bfloat16() -> bool:
-    import torch
-
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        if hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)():
-            return True
-    with contextlib.suppress(OSError):
-        return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
-    return False
-
-
-def resolve_dtype(dtype: str, device: str) -> str:
-    """Return `dtype`, or the best one of `device` for ``auto``. Raises UserError for an unknown one."""
-    if dtype == "auto":
-        return best_dtype(device)
-    if dtype not in DTYPES:
-        raise UserError(
-            f"there is no dtype {dtype!r}{suggest(dtype, DTYPES) or ': use auto, ' + ', '.join(DTYPES)}"
-        )
-    return dtype
-
-
 def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
     """Move a pipeline to `device` and lower it to `dtype`, in place.
 
@@ -308,45 +282,6 @@ def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
         if device.startswith("cuda") or (on_cpu and dtype == "bfloat16"):
             component.to(memory_format=torch.channels_last)
         component.requires_grad_(False)
-
-
-def lower_weights(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
-    """Cast the weights of all convolutions and linear layers in `module` to `dtype`, in place."""
-    import torch
-
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-            layer.to(dtype)
-
-
-def normalise_alone(module: "torch.nn.Module") -> None:
-    """Make the group norms in `module` treat each picture of a batch alone, in place, so that batches agree.
-
-    On a CPU the kernel for maps of 32 by 32 and more splits the whole batch among threads: a picture's sums
-    then depend on how many others there are. No other bfloat16 kernel of these networks was found to.
-    """
-    import torch
-
-    class LoneGroupNorm(torch.nn.GroupNorm):
-        def forward(self, maps: torch.Tensor) -> torch.Tensor:
-            if len(maps) == 1 or maps.shape[2:].numel() < 1024:
-                return super().forward(maps)
-            return torch.cat([super(LoneGroupNorm, self).forward(one) for one in maps.split(1)])
-
-    for layer in module.modules():
-        if type(layer) is torch.nn.GroupNorm:
-            layer.__class__ = LoneGroupNorm
-
-
-def inference_context(device: str, dtype: str) -> contextlib.ExitStack:
-    """Return the context in which a placed network runs: no gradients; autocast for bfloat16 on a CPU."""
-    import torch
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.inference_mode())
-    if device == "cpu" and dtype == "bfloat16":
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-    return stack
 
 
 def accepted_arguments(pipeline: Pipeline, **wanted: Any) -> dict[str, Any]:

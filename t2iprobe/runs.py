@@ -9,14 +9,11 @@ What is done is the union of the shards' indices; nothing else is remembered, so
 """
 
 import fcntl
-import hashlib
 import io
 import json
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,10 @@ from typing import Any
 import numpy as np
 
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.plans import PlanEntry, build_plan, picture_seed, reconcile
 from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically
+
+__all__ = ["SCHEMA", "WHOLE", "PlanEntry", "Run", "Share", "build_plan", "picture_seed"]
 
 SCHEMA = "t2iprobe.run/1"
 THUMBNAIL_SIDE = 128  # pixels
@@ -32,53 +32,6 @@ KEPT = {"all": ("pictures", "png"), "thumbnails": ("thumbnails", "webp")}
 
 Share = tuple[int, int]  # (i, n): plan positions p with p % n == i
 WHOLE: Share = (0, 1)
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """One picture to draw, named by what makes it."""
-
-    synset: str
-    template: str
-    index: int
-    prompt: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The picture's file name without its ending."""
-        slug = self.template
-        if not re.fullmatch(r"\w{1,40}", slug):
-            digest = hashlib.sha256(self.template.encode()).hexdigest()[:8]
-            slug = f"{re.sub(r'[^A-Za-z0-9]+', '_', self.template)[:32].strip('_')}-{digest}"
-        return f"{slug}-{self.index:04d}"
-
-
-def picture_seed(run_seed: int, synset: str, template: str, index: int) -> int:
-    """Hash what makes a picture into its generator's seed, 0 ≤ seed < 2**63."""
-    key = json.dumps([run_seed, synset, template, index])
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-
-
-def build_plan(segments: Sequence[Mapping[str, Any]], run_seed: int) -> list[PlanEntry]:
-    """List the pictures of a run, index outermost, so that a part of the run already covers all synsets.
-
-    A segment is ``{"samples": N, "prompts": {synset: {template: prompt}}}``. An extended run has several: a
-    later one adds what the earlier ones lack, behind them, so that positions never change.
-    """
-    plan: dict[tuple[str, str, int], PlanEntry] = {}
-    for segment in segments:
-        prompts = {synset: list(by_template.items()) for synset, by_template in segment["prompts"].items()}
-        for index in range(segment["samples"]):
-            for column in range(max(map(len, prompts.values()), default=0)):
-                for synset, templates in prompts.items():
-                    if column < len(templates):
-                        template, prompt = templates[column]
-                        seed = picture_seed(run_seed, synset, template, index)
-                        plan.setdefault(
-                            (synset, template, index), PlanEntry(synset, template, index, prompt, seed)
-                        )
-    return list(plan.values())
 
 
 class Run:
@@ -93,7 +46,7 @@ class Run:
         """Make the directory, or continue the run that it holds.
 
         Raises UserError with the differences where the run there has another identity or plan; with `extend`
-        a plan may grow (more samples, more synsets).
+        a plan may grow (more samples, more synsets). A run that stored nothing yet may become any other.
         """
         path = Path(path)
         with explain_full_disk(path):
@@ -101,7 +54,8 @@ class Run:
         with explain_full_disk(path), _lock(path / "locks" / "manifest", wait=True):
             if (path / "manifest.json").exists():
                 stored = cls.open(path)
-                manifest = _reconcile(stored, manifest, extend=extend)
+                if stored.shards or _is_locked(path / "locks"):
+                    manifest = reconcile(stored.manifest, manifest, path, extend=extend)
                 if manifest == stored.manifest:
                     return stored
             write_atomically(path / "manifest.json", _to_json(manifest))
@@ -317,6 +271,17 @@ def _make_folders(path: Path) -> None:
         raise UserError(f"{path} cannot be written: give another folder with --out") from None
 
 
+def _is_locked(folder: Path) -> bool:
+    """Whether any process is writing a share."""
+    try:
+        for path in folder.glob("*-of-*"):
+            with _lock(path):
+                pass
+    except UserError:
+        return True
+    return False
+
+
 @contextmanager
 def _lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     with open(path, "w") as file:
@@ -328,72 +293,3 @@ def _lock(path: Path, *, wait: bool = False) -> Iterator[None]:
                 "wait for it, or stop it"
             ) from None
         yield
-
-
-def _reconcile(stored: Run, manifest: dict[str, Any], *, extend: bool) -> dict[str, Any]:
-    """Return the manifest to go on with: the stored one, or the stored one extended."""
-    differences = _differences(stored.manifest["identity"], manifest["identity"])
-    if differences:
-        raise UserError(
-            f"{stored.path} holds a run with another configuration: {'; '.join(differences)}. "
-            "Give another --out, or the settings of that run"
-        )
-    old = {(e.synset, e.template, e.index): e.prompt for e in stored.plan}
-    new = {
-        (e.synset, e.template, e.index): e.prompt
-        for e in build_plan(manifest["plan"], manifest["identity"].get("seed", 0))
-    }
-    if old == new:
-        return stored.manifest
-    grown = old.items() <= new.items()
-    if grown and extend:
-        plan = [*stored.manifest["plan"], *manifest["plan"]]
-        return {**manifest, "plan": plan, "created": stored.manifest["created"]}
-    change = _plan_change(stored.manifest["identity"], manifest["identity"], old, new)
-    advice = "add --extend to draw what is new" if grown else "give another --out, or the plan of that run"
-    raise UserError(f"{stored.path} holds a run with another plan: {change}; {advice}")
-
-
-GROWING = ("samples", "synsets")  # compared as the plan, which --extend may enlarge
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return "key: old → new" for the leaves of two identities that differ."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in flat_old | flat_new if key.split(".")[0] not in GROWING]
-    return [
-        f"{key}: {_show(flat_old.get(key))} → {_show(flat_new.get(key))}"
-        for key in keys
-        if flat_old.get(key) != flat_new.get(key)
-    ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves |= _flatten(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
-
-
-def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
-
-
-def _plan_change(
-    old_identity: Mapping[str, Any], new_identity: Mapping[str, Any], old: Mapping, new: Mapping
-) -> str:
-    changes = [f"{len(old)} → {len(new)} pictures"]
-    if old_identity["samples"] != new_identity["samples"]:
-        changes.append(f"samples {old_identity['samples']} → {new_identity['samples']}")
-    before, after = set(old_identity["synsets"]), set(new_identity["synsets"])
-    if before != after:
-        changes.append(f"synsets {len(before)} → {len(after)}")
-        changes += [f"+{name}" for name in sorted(after - before)[:3]]
-        changes += [f"−{name}" for name in sorted(before - after)[:3]]
-    if changed := [key[0] for key in old if key in new and old[key] != new[key]]:
-        changes.append(f"other prompts, such as that of {changed[0]}")
-    return ", ".join(changes)

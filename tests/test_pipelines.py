@@ -6,9 +6,10 @@ import pytest
 import torch
 from original_format import save_single_file
 
-from t2iprobe import pipelines
+from t2iprobe.devices import best_dtype, normalise_alone, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.pipelines import load_pipeline, locate_model, model_hash, setting_arguments
+from t2iprobe.storage import hash_files
 from t2iprobe.testing import FAMILIES, tiny_pipeline
 
 
@@ -48,7 +49,7 @@ def test_bfloat16_on_a_cpu_lowers_only_what_autocast_would_cast(tiny_model: Path
 
 def test_group_norms_treat_each_picture_alone() -> None:
     norm = torch.nn.GroupNorm(4, 32)
-    pipelines.normalise_alone(torch.nn.Sequential(norm))
+    normalise_alone(torch.nn.Sequential(norm))
     maps = torch.randn(5, 32, 32, 32).to(memory_format=torch.channels_last)
 
     assert torch.equal(norm(maps)[1:2], norm(maps[1:2]))
@@ -138,7 +139,7 @@ def test_large_files_in_the_hub_cache_are_hashed_by_their_name(tmp_path: Path) -
     blob.write_bytes(b"weights")
     (tmp_path / "link").symlink_to(blob)
 
-    assert pipelines.hash_files({"w": tmp_path / "link"}) != pipelines.hash_files({"w": blob})
+    assert hash_files({"w": tmp_path / "link"}) != hash_files({"w": blob})
 
 
 @pytest.mark.parametrize(
@@ -192,8 +193,8 @@ def test_a_pickle_that_runs_code_is_refused(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_dtypes() -> None:
-    assert pipelines.resolve_dtype("float16", "cpu") == "float16"
-    assert pipelines.best_dtype("cpu") in ("bfloat16", "float32")
-    assert pipelines.best_dtype("mps") == "float32"
+    assert resolve_dtype("float16", "cpu") == "float16"
+    assert best_dtype("cpu") in ("bfloat16", "float32")
+    assert best_dtype("mps") == "float32"
     with pytest.raises(UserError, match="did you mean float32"):
-        pipelines.resolve_dtype("float", "cpu")
+        resolve_dtype("float", "cpu")

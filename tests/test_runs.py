@@ -128,10 +128,20 @@ def test_pictures_are_kept_as_asked(tmp_path: Path, keep: str, ending: str | Non
 
 
 def test_a_changed_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
-    Run.create(tmp_path / "run", make_manifest(steps=20, scheduler={"kind": "ddim", "beta": 1}))
+    store(Run.create(tmp_path / "run", make_manifest(steps=20, scheduler={"kind": "ddim", "beta": 1})), [0])
 
     with pytest.raises(UserError, match=r"steps: 20 → 30; scheduler\.beta: 1 → 2"):
         Run.create(tmp_path / "run", make_manifest(steps=30, scheduler={"kind": "ddim", "beta": 2}))
+
+
+def test_a_run_that_stored_nothing_may_change_unless_one_writes_it(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", make_manifest(steps=20))
+    with run.writing(), pytest.raises(UserError, match="steps: 20 → 30"):
+        Run.create(tmp_path / "run", make_manifest(steps=30))
+
+    Run.create(tmp_path / "run", make_manifest(steps=30))
+
+    assert Run.open(tmp_path / "run").manifest["identity"]["steps"] == 30
 
 
 def test_more_samples_need_extend(tmp_path: Path) -> None:
@@ -149,7 +159,7 @@ def test_more_samples_need_extend(tmp_path: Path) -> None:
 
 
 def test_other_prompts_are_refused_even_with_extend(tmp_path: Path) -> None:
-    Run.create(tmp_path / "run", make_manifest())
+    store(Run.create(tmp_path / "run", make_manifest()), [0])
     other = {**PROMPTS, "dog.n.01": {"base": "Another text."}}
 
     with pytest.raises(UserError, match=r"other prompts, such as that of dog\.n\.01"):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from t2iprobe.devices import inference_context
 from t2iprobe.errors import UserError
-from t2iprobe.pipelines import Pipeline, accepted_arguments, inference_context, setting_arguments
+from t2iprobe.pipelines import Pipeline, accepted_arguments, setting_arguments
 from t2iprobe.runs import PlanEntry, picture_seed
 
 if TYPE_CHECKING:

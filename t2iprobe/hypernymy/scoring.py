@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from t2iprobe.devices import best_device, inference_context, lower_weights, resolve_dtype
 from t2iprobe.errors import UserError, suggest
-from t2iprobe.pipelines import inference_context, lower_weights, resolve_dtype
 from t2iprobe.storage import hash_files
 
 if TYPE_CHECKING:
@@ -121,8 +121,6 @@ def load_scorer(
 
     Raises UserError where it cannot be found, or has another number of classes than `classes`.
     """
-    from t2iprobe.pipelines import best_device
-
     device = device or best_device()
     dtype = resolve_dtype(dtype, device)
     kind, _, name = spec.partition(":")
@@ -152,9 +150,14 @@ def count_classes(network: "torch.nn.Module") -> int:
 
 
 def scorer_hash(spec: str) -> str:
-    """Hash a classifier's weights where they are a file at hand, else return their name online."""
+    """Hash a classifier's weights where they are a file at hand, else return their name online.
+
+    Raises UserError where `spec` names no classifier or no file.
+    """
     if lite := _lite_number(spec):
         return hash_files({"": lite_weights(lite)})
+    if not spec.startswith(("timm:", "torchvision:")):
+        raise UserError(f"there is no classifier {spec!r}: use {FORMS}")
     name, _, file = spec.partition("@")
     if file:
         if not Path(file).is_file():

@@ -61,14 +61,13 @@ def run_study(
     with run.writing(share):
         missing = run.missing(share)
         if missing:
-            hierarchy = load_hierarchy(study)
             device = best_device() if study.device == "auto" else study.device
+            scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
             sampler: Sampler
             if folder is not None:
                 sampler = FolderSampler(folder, skip_bad=skip_bad)
             else:
                 sampler = load_sampler(study, device, run.manifest["identity"]["dtype"])
-            scorers = load_scorers(study, device, len(hierarchy.classes))
             draw(run, missing, sampler, scorers, study, progress)
     if run.complete:
         finish(run)
