@@ -299,10 +299,11 @@ def _read_share(text: str) -> "Share":
 
 def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None:
     from t2iprobe.hypernymy.results import read_results
-    from t2iprobe.hypernymy.study import run_study
     from t2iprobe.runs import Run
 
     try:
+        from t2iprobe.hypernymy.study import run_study  # heavy: a stop while it loads is a clean one, too
+
         with _progress_bar() as progress:
             finished = run_study(study, out, progress=progress, **more)
     except KeyboardInterrupt:

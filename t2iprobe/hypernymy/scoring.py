@@ -1,6 +1,7 @@
 """Scorers: pictures → logits over the classes of a classifier from timm, torchvision or a package."""
 
 import importlib
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,6 +244,7 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
     name, _, file = name.partition("@")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model {name!r}{suggest(name.split('.')[0], timm.list_models())}")
+    logging.disable()  # huggingface_hub tells of each of its attempts, timm of a missing file
     try:
         if file:
             count = _count_stored_classes(name, file)
@@ -253,6 +255,8 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         hint = "" if file else ": without a network, give its weights as timm:NAME@FILE"
         raise UserError(f"cannot load the weights of timm's {name!r} ({reason}){hint}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     settings = resolve_model_data_config(network)
     return network, make_preprocess(
         settings["input_size"][-1],

@@ -31,7 +31,7 @@ from t2iprobe.runs import SCHEMA, WHOLE, PlanEntry, Run, Share
 from t2iprobe.storage import hash_files
 from t2iprobe.wordnet import WORDNET_HASH
 
-SHARD_PICTURES, SHARD_SECONDS = 64, 10.0  # a shard is written after either: what a kill can cost
+SHARD_PICTURES, SHARD_SECONDS = 32, 10.0  # a shard is written after either: what a kill can cost
 
 Progress = Callable[[int, int], None]  # pictures of this share stored or pending, of how many
 

@@ -73,26 +73,26 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 def test_a_run_that_is_killed_and_stopped_draws_every_picture_once(tiny_model: Path, tmp_path: Path) -> None:
-    samples, out = 64, tmp_path / "run"
+    samples, out = 32, tmp_path / "run"
     killed = start(tiny_model, out, samples)
     stop(killed, out, signal.SIGKILL, shards=1)
     after_kill = len(Run.open(out).done())
     assert killed.returncode == -signal.SIGKILL
-    assert 0 < after_kill < 256
+    assert 0 < after_kill < 128
 
     stopped = start(tiny_model, out, samples)
     errors = stop(stopped, out, signal.SIGTERM, shards=2)
     after_stop = len(Run.open(out).done())
     assert stopped.returncode == 130
-    assert after_kill < after_stop < 256
-    assert f"stopped: {after_stop} of 256 pictures are stored" in errors
+    assert after_kill < after_stop < 128
+    assert f"stopped: {after_stop} of 128 pictures are stored" in errors
     assert "the same command continues" in errors
 
     counts: list[tuple[int, int]] = []
     run = run_study(make_study(tiny_model, samples), out, progress=lambda done, of: counts.append((done, of)))
     indices = [int(index) for shard in run.shards for index in np.load(shard)["indices"]]
-    assert counts[-1] == (256 - after_stop, 256 - after_stop)
-    assert sorted(indices) == list(range(256))
+    assert counts[-1] == (128 - after_stop, 128 - after_stop)
+    assert sorted(indices) == list(range(128))
     assert run.verify() == []
     assert not list(out.rglob("*.tmp"))
     whole = run_study(make_study(tiny_model, samples), tmp_path / "whole")
