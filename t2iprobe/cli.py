@@ -171,12 +171,11 @@ def score(
     """Compute the metrics of logits made elsewhere (the published npz layout)."""
     from t2iprobe.hypernymy.hierarchy import Hierarchy
     from t2iprobe.hypernymy.results import score_file
-    from t2iprobe.storage import explain_full_disk, write_atomically
+    from t2iprobe.storage import write_output
 
     results = score_file(logits, Hierarchy.from_csv(hierarchy) if hierarchy else None)
     if out is not None:
-        with explain_full_disk(out):
-            write_atomically(out, _to_json(results).encode())
+        write_output(out, _to_json(results).encode())
     _print_results(results, as_json, f"wrote {out}" if out else None)
 
 

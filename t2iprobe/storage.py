@@ -66,6 +66,15 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that a person asked for. Raises UserError where that cannot be done."""
+    try:
+        with explain_full_disk(path):
+            write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def hash_files(paths: Mapping[str, Path]) -> str:
     """Hash names and contents, in the names' order, to ``sha256:…``."""
     digest = hashlib.sha256()

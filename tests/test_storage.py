@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2iprobe.errors import UserError
-from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically
+from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically, write_output
 
 
 def test_a_written_file_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -41,6 +41,14 @@ def test_only_a_full_disk_is_explained(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(PermissionError), explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write .*: No such file or directory"):
+        write_output(tmp_path / "none" / "a.json", b"")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+        write_output(tmp_path / "file" / "a.json", b"")
 
 
 def test_a_hash_follows_content_and_name_but_not_place(tmp_path: Path) -> None:

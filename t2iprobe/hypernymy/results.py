@@ -11,7 +11,7 @@ import numpy as np
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.runs import Run
-from t2iprobe.storage import explain_full_disk, write_atomically
+from t2iprobe.storage import write_output
 
 
 def score_file(path: str | Path, hierarchy: Hierarchy | None = None) -> dict[str, Any]:
@@ -71,6 +71,5 @@ def export_run(run: Run, form: str, out: Path | None = None, classifier: str | N
         if not source.exists():
             raise UserError(f"{run.path} has no report yet: `t2iprobe hypernymy report {run.path}` writes it")
         data = source.read_bytes()
-    with explain_full_disk(path):
-        write_atomically(path, data)
+    write_output(path, data)
     return path
