@@ -35,11 +35,11 @@ def lemmas(synset: str) -> list[str]:
 
 
 def write_caption(synset: str, rng: random.Random) -> str:
-    """A caption for a picture of the leaf `synset`: 60 % by its own name, else by a hypernym one to four
+    """A caption for a picture of the leaf `synset`: 70 % by its own name, else by a hypernym one to four
     levels up.
     """
     hierarchy, named = Hierarchy.imagenet(), synset
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         for _ in range(rng.randint(1, 4)):
             above = hierarchy.parents(named)
             named = rng.choice(above) if above else named

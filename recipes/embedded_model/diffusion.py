@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WIDTH = 192
-VIEWS = 4
+# Of a picture: as it is, mirrored, two random views.
+VIEW_WEIGHTS = (5, 3, 1, 1)
+VIEWS = len(VIEW_WEIGHTS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -38,7 +40,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    encoder = CLIPTextModel(config)
+    # CLIP's own .02 drowns in what the layers add: after 4,000 steps the 156 words spanned nine dimensions
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=1.5)
+    return encoder
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -110,7 +115,7 @@ def load_autoencoder(path: Path) -> AutoencoderKL:
 
 
 def train_diffusion(
-    pictures: dict, work: Path, *, steps: int, batch: int = 32, seed: int = 0, device: str = "cpu"
+    pictures: dict, work: Path, *, steps: int, batch: int = 16, seed: int = 0, device: str = "cpu"
 ) -> None:
     """Train for `steps` and leave `work/diffusion.pt`; continues from it if it is there."""
     place, out = torch.device(device), work / "diffusion.pt"
@@ -143,13 +148,12 @@ def train_diffusion(
             random.Random(seed * 10_000_019 + step),
             torch.Generator().manual_seed(seed * 10_000_019 + step),
         )
-        rate = 1e-3 * min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = 9e-4 * min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = [rng.choice(members[rng.randrange(len(members))]) for _ in range(batch)]
         captions = ["" if rng.random() < 0.1 else write_caption(labels[i], rng) for i in chosen]
-        # half of the time the picture as it is or mirrored, else one of its random views
-        views = [rng.randrange(VIEWS) for _ in chosen]
+        views = rng.choices(range(VIEWS), VIEW_WEIGHTS, k=batch)
         clean = latents[views, chosen]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
             place
@@ -194,7 +198,7 @@ def train_diffusion(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8500)
+    parser.add_argument("--steps", type=int, default=13_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     train_diffusion(
