@@ -1,6 +1,7 @@
 """A synset as a prompt: the six published templates, templates of one's own, or prompts written elsewhere."""
 
 import json
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import Synset
 
 # The published six (arXiv 2310.09247, appendix). photo, painting and empty say "a" before a vowel too: kept,
-# for comparison with the published numbers.
+# for comparison with the published numbers. The published article went by the first letter ("an uniform",
+# "an utensil"); ours goes by the sound.
 TEMPLATES = {
     "base": "An image of {article} {lemma}.",
     "all_lemmas": "An image of {article} {lemma} ({other_lemmas}).",
@@ -22,13 +24,23 @@ TEMPLATES = {
     "empty": "a {lemma}.",
 }
 
+# Spelled with a vowel but spoken with a consonant first (unicycle, utensil), and the other way round (hour).
+_SPOKEN_CONSONANT = re.compile(r"eu|ewe|uni(?![dmn])|u[bkst][aeiou]|on(?:e|ce)\b")
+_SPOKEN_VOWEL = re.compile(r"[aeiou]|hour|heir|hono|hones|[fhlmnrsx]-")
+
 FIELDS: dict[str, Callable[["Synset"], str]] = {
     "lemma": lambda synset: _lemmas(synset)[0],
     "lemmas": lambda synset: ", ".join(_lemmas(synset)),
     "other_lemmas": lambda synset: ", ".join(_lemmas(synset)[1:]),
     "gloss": lambda synset: synset.definition(),
-    "article": lambda synset: "an" if _lemmas(synset)[0][0] in "aeiou" else "a",
+    "article": lambda synset: choose_article(_lemmas(synset)[0]),
 }
+
+
+def choose_article(lemma: str) -> str:
+    """Return "a" or "an", as `lemma` (lower case) is spoken."""
+    vowel = _SPOKEN_VOWEL.match(lemma) and not _SPOKEN_CONSONANT.match(lemma)
+    return "an" if vowel else "a"
 
 
 def find_template(template: str) -> str:

@@ -32,6 +32,30 @@ def test_article_before_a_vowel():
     assert prompts.render("photo", orange) == "a photo of a orange."  # as published
 
 
+def test_the_article_goes_by_the_sound():
+    words = "a unicycle, a uniform, a utensil, an umbrella, an usher, an undergarment, a european gallinule, "
+    words += "an hourglass, a honeycomb, a house, an x-ray, a one-armed bandit, an onion, an egg"
+    for text in words.split(", "):
+        article, lemma = text.split(" ", 1)
+        assert prompts.choose_article(lemma) == article, text
+
+
+def test_few_articles_differ_from_the_published_first_letter_rule():
+    differ = []
+    for name in Hierarchy.imagenet().all_synsets:
+        lemma = wordnet.synset(name).lemma_names()[0].lower().replace("_", " ")
+        if prompts.choose_article(lemma) != ("an" if lemma[0] in "aeiou" else "a"):
+            differ.append(lemma)
+    assert sorted(differ) == [
+        "european fire salamander",
+        "european gallinule",
+        "hourglass",
+        "unicycle",
+        "uniform",
+        "utensil",
+    ]
+
+
 def test_all_lemmas_with_one_lemma_is_the_base_prompt():
     camel = wordnet.synset("camel.n.01")
     assert camel.lemma_names() == ["camel"]
