@@ -11,7 +11,6 @@ What is done is the union of the shards' indices; nothing else is remembered, so
 import fcntl
 import io
 import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,7 +21,7 @@ import numpy as np
 
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.plans import PlanEntry, build_plan, picture_seed, reconcile
-from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically
+from t2iprobe.storage import explain_full_disk, read_arrays, remove_leftovers, write_atomically
 
 __all__ = ["SCHEMA", "WHOLE", "PlanEntry", "Run", "Share", "build_plan", "picture_seed"]
 
@@ -197,14 +196,15 @@ class Run:
     def _read(self, shard: Path) -> dict[str, np.ndarray]:
         """Read a whole shard, so that its checksums are checked."""
         try:
-            with np.load(shard, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
+            arrays = read_arrays(shard)
+            if lacking := {"indices", "skipped"} - arrays.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
             sizes = {len(arrays[f"logits/{name}"]) for name in self.classifiers} | {len(arrays["indices"])}
             if len(sizes) != 1:
                 raise ValueError("its arrays differ in length")
             if not all(0 <= index < len(self.plan) for index in arrays["indices"]):
                 raise ValueError("it holds indices outside the plan")
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"shard {shard} is corrupt ({error}): `t2iprobe hypernymy verify {self.path} --repair` "
                 "sets it aside, then the run draws its pictures again"

@@ -5,9 +5,14 @@ import hashlib
 import os
 import re
 import socket
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from t2iprobe.errors import UserError
 
@@ -68,11 +73,36 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a person asked for. Raises UserError where that cannot be done."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
     try:
         with explain_full_disk(path):
             write_atomically(path, content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+# What zipfile and numpy were seen to raise for archives with a changed byte.
+_DAMAGE = (
+    *(ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, MemoryError, OverflowError),
+    *(SyntaxError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read an npz archive and check its checksums: name → array.
+
+    Raises OSError or ValueError where the file cannot be read, is damaged or is no npz.
+    """
+    try:
+        # numpy reads as much as an array's header says: with a smaller shape it never gets to the checksum.
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"the checksum of {bad} is wrong")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except _DAMAGE as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def hash_files(paths: Mapping[str, Path]) -> str:

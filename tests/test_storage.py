@@ -1,13 +1,22 @@
 import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from t2iprobe.errors import UserError
-from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically, write_output
+from t2iprobe.storage import (
+    explain_full_disk,
+    hash_files,
+    read_arrays,
+    remove_leftovers,
+    write_atomically,
+    write_output,
+)
 
 
 def test_a_written_file_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -49,6 +58,28 @@ def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*: Not a directory"):
         write_output(tmp_path / "file" / "a.json", b"")
+    with pytest.raises(UserError, match="cannot write .*: it is a folder"):
+        write_output(tmp_path, b"")
+
+
+def test_a_changed_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    np.savez(content, indices=np.arange(2), logits=np.random.default_rng(0).normal(size=(20, 100)))
+    whole, path = content.getvalue(), tmp_path / "a.npz"
+    path.write_bytes(whole)
+    arrays = read_arrays(path)
+    found = 0
+    for place in [*range(0, 700), *range(len(whole) - 300, len(whole))]:
+        changed = bytearray(whole)
+        changed[place] ^= 0x11 << place % 4
+        path.write_bytes(changed)
+        try:
+            read = read_arrays(path)
+        except (ValueError, OSError):
+            found += 1
+        else:  # a date, or the name of an array
+            assert all(np.array_equal(read[name], arrays[name]) for name in read.keys() & arrays.keys())
+    assert found > 500
 
 
 def test_a_hash_follows_content_and_name_but_not_place(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,32 @@ import numpy as np
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.runs import Run
-from t2iprobe.storage import write_output
+from t2iprobe.storage import read_arrays, write_output
 
 
 def score_file(path: str | Path, hierarchy: Hierarchy | None = None) -> dict[str, Any]:
     """Compute the results of logits made elsewhere: an npz of synset → float32 [N, C], classes in order.
 
-    Raises UserError where the file is not such an archive.
+    Names may be wnids or lemmas, too. Raises UserError where the file is not such an archive, or names a
+    synset twice.
     """
     from t2iprobe.hypernymy.statistics import analyse
 
     hierarchy = hierarchy or Hierarchy.imagenet()
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            logits = {hierarchy.resolve(name): archive[name] for name in sorted(archive.files)}
+        arrays = read_arrays(path)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is not an npz of synset → logits [N, {len(hierarchy.classes)}] ({error})"
         ) from None
+    logits: dict[str, np.ndarray] = {}
+    for key in sorted(arrays):
+        name = hierarchy.resolve(key)
+        if name in logits:
+            raise UserError(f"{path} holds {name} twice, once under the name {key!r}: leave one out")
+        logits[name] = arrays[key]
     return {"schema": "t2iprobe.results/1", "source": Path(path).name} | analyse(logits, hierarchy)
 
 
