@@ -17,7 +17,7 @@ from t2iprobe.hypernymy.statistics import analyse, compare
 from t2iprobe.hypernymy.study import load_hierarchy
 from t2iprobe.pages import format_interval, format_score
 from t2iprobe.runs import PlanEntry, Run
-from t2iprobe.storage import explain_full_disk, write_atomically
+from t2iprobe.storage import write_output
 
 __all__ = ["gather_results", "render", "render_comparison", "write_comparison", "write_report"]
 
@@ -47,9 +47,8 @@ def write_report(run: Run) -> Path:
         "leaderboard.md": write_leaderboard(results),
         "results.json": write_json(results),
     }
-    with explain_full_disk(run.path):
-        for name, text in texts.items():
-            write_atomically(run.path / name, text.encode())
+    for name, text in texts.items():
+        write_output(run.path / name, text.encode())
     return run.path / "report.html"
 
 
@@ -162,10 +161,12 @@ def write_comparison(run_a: Run, run_b: Run, out: str | Path) -> Path:
     page = render_comparison(results, sides, classifier=classifier, hierarchy=hierarchy)
     runs = {name: {key: run.manifest[key] for key in SETTINGS} for name, run in (("a", run_a), ("b", run_b))}
     document = {"schema": COMPARISON_SCHEMA, "classifier": classifier, **results, "runs": runs}
-    with explain_full_disk(out.parent):
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out.with_suffix(".json"), write_json(document).encode())
-        write_atomically(out, page.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_output(out.with_suffix(".json"), write_json(document).encode())
+    write_output(out, page.encode())
     return out
 
 
