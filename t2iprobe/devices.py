@@ -22,6 +22,22 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def resolve_device(device: str) -> str:
+    """Return `device`, or the best one for ``auto``. Raises UserError for one that this machine lacks."""
+    import torch
+
+    if device == "auto":
+        return best_device()
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"there is no device {device!r} here ({reason}): use auto, or what `t2iprobe info` lists"
+        ) from None
+    return device
+
+
 def best_dtype(device: str) -> str:
     """Return the fastest dtype that `device` computes natively and that is safe for diffusion."""
     import torch

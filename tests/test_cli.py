@@ -175,6 +175,7 @@ def test_info_tells_what_is_here() -> None:
         (["run", "--samples", "0"], "bad value for samples: 0"),
         (["run", "--hierarchy", "none.csv"], "none.csv"),
         (["run", "--prompts", "none.jsonl"], "none.jsonl"),
+        (["run", "--device", "nosuch"], "there is no device 'nosuch' here"),
         (["score", "none.npz"], "there is no file none.npz"),
         (["pictures", "none"], "there is no folder none"),
         (["report", "none"], "none is not a run directory"),

@@ -244,6 +244,7 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
     name, _, file = name.partition("@")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model {name!r}{suggest(name.split('.')[0], timm.list_models())}")
+    before = logging.root.manager.disable
     logging.disable()  # huggingface_hub tells of each of its attempts, timm of a missing file
     try:
         if file:
@@ -256,7 +257,7 @@ def _load_timm(name: str) -> tuple[Any, Preprocess]:
         hint = "" if file else ": without a network, give its weights as timm:NAME@FILE"
         raise UserError(f"cannot load the weights of timm's {name!r} ({reason}){hint}") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     settings = resolve_model_data_config(network)
     return network, make_preprocess(
         settings["input_size"][-1],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from t2iprobe.config import Study, dump_study
+from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.sampling import (
@@ -20,13 +21,7 @@ from t2iprobe.hypernymy.sampling import (
 )
 from t2iprobe.hypernymy.scoring import Scorer, load_scorer, scorer_hash
 from t2iprobe.machine import list_versions
-from t2iprobe.pipelines import (
-    best_device,
-    load_pipeline,
-    model_hash,
-    read_scheduler,
-    resolve_dtype,
-)
+from t2iprobe.pipelines import load_pipeline, model_hash, read_scheduler
 from t2iprobe.runs import SCHEMA, WHOLE, PlanEntry, Run, Share
 from t2iprobe.storage import hash_files
 from t2iprobe.wordnet import WORDNET_HASH
@@ -61,7 +56,7 @@ def run_study(
     with run.writing(share):
         missing = run.missing(share)
         if missing:
-            device = best_device() if study.device == "auto" else study.device
+            device = resolve_device(study.device)
             scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
             sampler: Sampler
             if folder is not None:
@@ -145,10 +140,10 @@ class _Pending:
 
 
 def finish(run: Run) -> None:
-    """Write the report of a complete run, unless it is newer than every shard."""
-    results = run.path / "results.json"
+    """Write the report of a complete run, unless it is there and newer than every shard."""
+    written = [run.path / name for name in ("report.html", "results.json")]
     newest = max(shard.stat().st_mtime_ns for shard in run.shards)
-    if not results.exists() or results.stat().st_mtime_ns < newest:
+    if any(not path.exists() or path.stat().st_mtime_ns < newest for path in written):
         from t2iprobe.hypernymy.report import write_report
 
         write_report(run)
@@ -192,7 +187,7 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
     hierarchy = load_hierarchy(study)
     prompts = _list_folder(folder, hierarchy) if folder else write_prompts(study, hierarchy)
     samples = 1 if folder else study.samples
-    device = best_device() if study.device == "auto" else study.device
+    device = resolve_device(study.device)
     judges_dtype = resolve_dtype(study.classifier_dtype, device)
     identity = {
         "model": inputs["model"],
@@ -301,7 +296,7 @@ def plan_study(study: Study, out: str | Path | None, *, measure: bool = True) ->
 
 
 def _measure_seconds(study: Study, manifest: dict[str, Any], plan: Sequence[PlanEntry]) -> float:
-    device = best_device() if study.device == "auto" else study.device
+    device = resolve_device(study.device)
     sampler = load_sampler(study, device, manifest["identity"]["dtype"])
     scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
     batch = plan[: study.batch_size]

@@ -16,7 +16,13 @@ from t2iprobe.runs import Run
 
 
 def make_study(model: Path, **settings: Any) -> Study:
-    base = {"synsets": "dog.n.01,bird,n02121808", "samples": 2, "steps": 2, "guidance": 3.0, "dtype": "float32"}
+    base = {
+        "synsets": "dog.n.01,bird,n02121808",
+        "samples": 2,
+        "steps": 2,
+        "guidance": 3.0,
+        "dtype": "float32",
+    }
     return load_study(None, {"model": str(model), **base, **settings})
 
 
@@ -68,7 +74,9 @@ def test_pictures_and_shares_do_not_depend_on_the_batch(
     assert expected.keys() == found.keys()
     assert all(np.array_equal(expected[path], found[path]) for path in expected)
     for synset, logits in whole.logits().items():
-        assert np.abs(both.logits()[synset] - logits).max() < 0.1  # the judge computes in bfloat16 where it can
+        assert (
+            np.abs(both.logits()[synset] - logits).max() < 0.1
+        )  # the judge computes in bfloat16 where it can
 
 
 def test_a_finished_run_answers_without_loading_anything(
@@ -94,6 +102,9 @@ def test_a_report_that_is_missing_or_old_is_written_again(tiny_model: Path, tmp_
     run = run_study(study, tmp_path / "run")
     (run.path / "results.json").unlink()
     run_study(study, run.path)
+    (run.path / "report.html").unlink()
+    run_study(study, run.path)
+    assert (run.path / "report.html").exists()
     os.utime(run.path / "results.json", ns=(1, 1))
     run_study(study, run.path)
 
@@ -127,7 +138,9 @@ def test_another_model_under_the_same_name_is_refused(tiny_model: Path, tmp_path
     configuration = model / "scheduler" / "scheduler_config.json"
     configuration.write_text(configuration.read_text().replace("0.012", "0.013"))
 
-    with pytest.raises(UserError, match=r"model: sha256:.* → sha256:.*; scheduler\.beta_end: 0\.012 → 0\.013"):
+    with pytest.raises(
+        UserError, match=r"model: sha256:.* → sha256:.*; scheduler\.beta_end: 0\.012 → 0\.013"
+    ):
         run_study(study, tmp_path / "run")
 
 
@@ -140,10 +153,16 @@ def test_an_extended_run_draws_only_what_is_new(tiny_model: Path, tmp_path: Path
     extended = run_study(larger, run.path, extend=True, progress=lambda done, of: counts.append((done, of)))
 
     assert counts == [(3, 3)]
-    assert {name: len(logits) for name, logits in extended.logits().items()} == {"bird.n.01": 2, "dog.n.01": 2}
+    assert {name: len(logits) for name, logits in extended.logits().items()} == {
+        "bird.n.01": 2,
+        "dog.n.01": 2,
+    }
     assert all(path.stat().st_mtime_ns == time for path, time in old.items())
     fresh = run_study(larger, tmp_path / "fresh")
-    assert all(np.array_equal(picture, read_pictures(fresh)[path]) for path, picture in read_pictures(extended).items())
+    assert all(
+        np.array_equal(picture, read_pictures(fresh)[path])
+        for path, picture in read_pictures(extended).items()
+    )
 
 
 def test_prompts_and_templates_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
@@ -203,7 +222,10 @@ def test_pictures_made_elsewhere(tmp_path: Path) -> None:
 
     assert run.complete
     assert {name: len(logits) for name, logits in run.logits().items()} == {"bird.n.01": 3, "dog.n.01": 2}
-    assert {row["synset"]: row["samples"] for row in read_results(run)["synsets"]} == {"bird.n.01": 3, "dog.n.01": 2}
+    assert {row["synset"]: row["samples"] for row in read_results(run)["synsets"]} == {
+        "bird.n.01": 3,
+        "dog.n.01": 2,
+    }
     (tmp_path / "made" / "dog" / "0.png").write_bytes((tmp_path / "made" / "dog" / "1.png").read_bytes())
     with pytest.raises(UserError, match="model: sha256"):
         run_study(study, tmp_path / "run", folder=tmp_path / "made", skip_bad=True)
