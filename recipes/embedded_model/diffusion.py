@@ -15,6 +15,7 @@ from autoencoder import LATENT_CHANNELS, build_autoencoder, random_views
 from captions import MAX_TOKENS, train_tokenizer, write_caption
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from sources import WORK
 from speed import autocast, speed_up_group_norm
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -197,7 +198,7 @@ def train_diffusion(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--steps", type=int, default=11_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from diffusion import build_scheduler, build_text_encoder, build_unet
 from pictures import HERE
 from PIL import Image
-from sources import LICENCES
+from sources import LICENCES, WORK
 from transformers import CLIPTokenizer
 
 
@@ -84,7 +84,7 @@ def export_concepts(work: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     assets = HERE.parents[1] / "t2iprobe" / "assets"
     parser.add_argument("--assets", type=Path, default=assets)

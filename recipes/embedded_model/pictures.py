@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from judge import judge_pictures
 from PIL import Image
-from sources import Source, download, list_sources
+from sources import WORK, Source, download, list_sources
 from torch import Tensor
 
 from t2iprobe import wordnet
@@ -245,6 +245,6 @@ def build(work: Path, sources: list[Source], scores: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=("propose", "build"))
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK)
     options = parser.parse_args()
     main(options.work, options.step)

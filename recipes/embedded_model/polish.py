@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from autoencoder import build_autoencoder, perceptual_loss, picture_loss, random_views
 from judge import load_judge
+from sources import WORK
 from speed import autocast, speed_up_group_norm
 from torch import nn
 
@@ -92,7 +93,7 @@ def polish_decoder(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -15,6 +15,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+# Where everything is kept between steps and continued from.
+WORK = Path.home() / ".cache" / "t2iprobe" / "embedded_model"
 DEBIAN = ("tuxpaint-stamps-default", "openclipart-png")
 NPM = ("emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0")
 LICENCES = {
