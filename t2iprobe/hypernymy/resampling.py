@@ -1,4 +1,4 @@
-"""How sure is a number? Jackknife pseudo-values, bootstrap, sign flips, false-discovery control: pure numpy.
+"""How sure is a number of a probe? Jackknife pseudo-values and false-discovery control, in pure numpy.
 
 Every metric of a synset becomes the mean of one value a picture, so that one bootstrap serves all of them:
 
@@ -15,8 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2iprobe.hypernymy.metrics import Floats, entropy, softmax
+from t2iprobe.intervals import LEVEL, bootstrap_means, bootstrap_probability, interval, sign_flip_test
 
-LEVEL = 0.95
+__all__ = [
+    "LEVEL",
+    "PictureValues",
+    "benjamini_hochberg",
+    "bootstrap_means",
+    "bootstrap_probability",
+    "bootstrap_rows",
+    "describe_pictures",
+    "interval",
+    "jackknife_entropy",
+    "nanmean",
+    "sign_flip_test",
+]
 
 
 @dataclass(frozen=True)
@@ -63,44 +76,9 @@ def jackknife_entropy(q: Floats) -> Floats:
     return count * entropy(total / count) - (count - 1) * entropy(without)
 
 
-def bootstrap_means(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples, M] means of resampled rows of values [N, M]; NaN for N = 1.
-
-    N − 1 of the N rows are drawn, with replacement: drawing N would make the spread of a mean too small by
-    (N−1)/N, a lot for four pictures (Rao & Wu 1988, JASA 83: 231-241).
-    """
-    count = len(values)
-    if count < 2:
-        return np.full((resamples, values.shape[1]), np.nan)
-    weights = rng.multinomial(count - 1, np.full(count, 1 / count), size=resamples)
-    return weights @ values / (count - 1)
-
-
-def bootstrap_probability(values: Floats, resamples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Interval for the mean of values [N] in [0, 1] of one synset.
-
-    A handful of pictures, all near 0 or all near 1, has no spread to resample, and a plain percentile
-    interval then covers the truth as rarely as one time in five. So one picture of 0 and one of 1 join the
-    bootstrap, in the spirit of the interval that adds pseudo-observations to a proportion (Agresti & Coull
-    1998, The American Statistician 52: 119-126).
-    """
-    replicates = bootstrap_means(np.r_[values, 0.0, 1.0][:, None], resamples, rng)[:, 0]
-    low, high = interval(replicates)
-    return min(low, float(values.mean())), max(high, float(values.mean()))
-
-
 def bootstrap_rows(count: int, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """[resamples, count − 1] indices of resampled synsets, one fewer as in `bootstrap_means`."""
     return rng.integers(0, count, size=(resamples, max(count - 1, 1)))
-
-
-def interval(replicates: Floats) -> tuple[float, float]:
-    """Percentile interval at `LEVEL`, of the finite ones among the replicates [resamples]."""
-    finite = replicates[np.isfinite(replicates)]
-    if len(finite) == 0:
-        return float("nan"), float("nan")
-    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def nanmean(values: Floats) -> Floats:
@@ -109,22 +87,6 @@ def nanmean(values: Floats) -> Floats:
     count = there.sum(axis=-1)
     total = np.where(there, values, 0.0).sum(axis=-1)
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-
-
-def sign_flip_test(differences: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """[M] two-sided p of paired differences [S, M] having mean zero, by flipping synsets' signs at random.
-
-    NaN counts as no difference; a column without any number gives NaN.
-    """
-    # Equal sums, added up in another order, may differ by rounding.
-    sums = np.nan_to_num(differences)
-    least = np.abs(sums.sum(axis=0)) * (1 - 1e-12)
-    reached = np.zeros(differences.shape[1])
-    for start in range(0, resamples, 1000):  # a thousand at a time, for memory
-        count = min(1000, resamples - start)
-        signs = 2.0 * rng.integers(0, 2, size=(count, len(differences)), dtype=np.int8) - 1
-        reached += (np.abs(signs @ sums) >= least).sum(axis=0)
-    return np.where(np.isnan(differences).all(axis=0), np.nan, (1 + reached) / (1 + resamples))
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
