@@ -1,6 +1,5 @@
 """The command line: words in, calls out. Everything heavy is imported inside the command that needs it."""
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import t2iprobe
+from t2iprobe.cli_inversion import inversion
+from t2iprobe.console import AsJson, duration, plain, print_found, to_json
 from t2iprobe.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ hypernymy = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(hypernymy, name="hypernymy")
+app.add_typer(inversion, name="inversion")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where to write.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -175,7 +176,7 @@ def score(
 
     results = score_file(logits, Hierarchy.from_csv(hierarchy) if hierarchy else None)
     if out is not None:
-        write_output(out, _to_json(results).encode())
+        write_output(out, to_json(results).encode())
     _print_results(results, as_json, f"wrote {out}" if out else None)
 
 
@@ -186,7 +187,7 @@ def report(folder: RunFolder, as_json: AsJson = False) -> None:
     from t2iprobe.runs import Run
 
     path = write_report(Run.open(folder))
-    _print({"report": str(path)}, as_json, f"wrote {path}")
+    print_found({"report": str(path)}, as_json, f"wrote {path}")
 
 
 @hypernymy.command()
@@ -201,7 +202,7 @@ def compare(
     from t2iprobe.runs import Run
 
     path = write_comparison(Run.open(run_a), Run.open(run_b), out)
-    _print({"comparison": str(path)}, as_json, f"wrote {path}")
+    print_found({"comparison": str(path)}, as_json, f"wrote {path}")
 
 
 @hypernymy.command()
@@ -217,7 +218,7 @@ def unknown(folder: RunFolder, as_json: AsJson = False) -> None:
         for row in rows
     ]
     summary = f"{len(rows)} of {len(results['synsets'])} synsets are not above chance"
-    _print({"unknown": rows, "of": len(results["synsets"])}, as_json, "\n".join([*lines, summary]))
+    print_found({"unknown": rows, "of": len(results["synsets"])}, as_json, "\n".join([*lines, summary]))
 
 
 @hypernymy.command()
@@ -246,7 +247,7 @@ def verify(
             *lines,
             f"{missing} of {len(checked.plan)} pictures are missing: the run's command draws them",
         ]
-    _print(found, as_json, "\n".join(lines))
+    print_found(found, as_json, "\n".join(lines))
     if problems and not repair:
         raise UserError(f"{len(problems)} problems in {folder}: add --repair to set the damaged shards aside")
 
@@ -266,7 +267,7 @@ def export(
     from t2iprobe.runs import Run
 
     path = export_run(Run.open(folder), form, out, classifier)
-    _print({"file": str(path)}, as_json, f"wrote {path}")
+    print_found({"file": str(path)}, as_json, f"wrote {path}")
 
 
 @app.command()
@@ -275,7 +276,7 @@ def info(as_json: AsJson = False) -> None:
     from t2iprobe.machine import describe_machine
 
     found = describe_machine()
-    _print(found, as_json, "\n".join(f"{key:12} {_plain(value)}" for key, value in found.items()))
+    print_found(found, as_json, "\n".join(f"{key:12} {plain(value)}" for key, value in found.items()))
 
 
 def _load_study(config: str | None, given: dict[str, Any], settings: list[str] | None) -> "Study":
@@ -313,7 +314,7 @@ def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None
     else:
         left = len(finished.missing())
         text = f"this share is done; {left} of {len(finished.plan)} pictures are left to other shares"
-        _print({"run": str(out), "missing": left}, as_json, text)
+        print_found({"run": str(out), "missing": left}, as_json, text)
 
 
 def _count(run_class: type["Run"], out: Path) -> str:
@@ -333,14 +334,14 @@ def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
     from t2iprobe.hypernymy.study import plan_study
 
     plan = plan_study(study, out)
-    cost = "unknown" if plan["seconds"] is None else _duration(plan["seconds"])
+    cost = "unknown" if plan["seconds"] is None else duration(plan["seconds"])
     lines = [
         f"{plan['pictures']} pictures of {plan['synsets']} synsets, {plan['stored']} of them stored",
         f"first prompt: {plan['first_prompt']}",
         f"time left here: {cost}",
-        *(f"  {key}: {_plain(value)}" for key, value in plan["configuration"].items() if value is not None),
+        *(f"  {key}: {plain(value)}" for key, value in plan["configuration"].items() if value is not None),
     ]
-    _print(plan, as_json, "\n".join(lines))
+    print_found(plan, as_json, "\n".join(lines))
 
 
 def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> None:
@@ -352,24 +353,7 @@ def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> 
             lines.append(f"{label:24} {found['value']:.4f}{interval}")
     rows = results["synsets"]
     lines.append(f"{'known synsets':24} {sum(row['known'] for row in rows)} of {len(rows)}")
-    _print(results, as_json, "\n".join([*lines, *([last] if last else [])]))
-
-
-def _print(found: Any, as_json: bool, text: str) -> None:
-    print(_to_json(found) if as_json else text)
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds % 60):02} s"
+    print_found(results, as_json, "\n".join([*lines, *([last] if last else [])]))
 
 
 if __name__ == "__main__":

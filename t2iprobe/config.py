@@ -132,6 +132,15 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def preset_values(model: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values of `keys` in the first preset of a model, to draw elsewhere as a probe does."""
+    for name in list_presets():
+        values = _read_config(name)
+        if values.get("model") == model:
+            return {key: values[key] for key in keys if key in values}
+    return {}
+
+
 def dump_study(study: Study) -> dict[str, Any]:
     """Return a study as plain JSON values."""
     return json.loads(study.model_dump_json())

@@ -145,7 +145,7 @@ def train_autoencoder(
         half = slice(0, batch * 3 // 4) if progress > 0.8 else slice(batch // 4, batch * 3 // 4)
         with autocast(place):
             seen = perceptual_loss(judge, made[half], real[half], size)
-        loss = pixel + 5e-4 * kl + (0.15 + 0.25 * progress) * seen
+        loss = pixel + 5e-4 * kl + (0.15 + 0.65 * progress) * seen
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -177,7 +177,7 @@ def train_autoencoder(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--steps", type=int, default=9600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     pictures = torch.load(options.work / "pictures.pt", weights_only=True)

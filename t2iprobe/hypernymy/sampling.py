@@ -10,6 +10,7 @@ import numpy as np
 
 from t2iprobe.devices import inference_context
 from t2iprobe.errors import UserError
+from t2iprobe.pictures import picture_files, read_picture
 from t2iprobe.pipelines import Pipeline, accepted_arguments, setting_arguments
 from t2iprobe.runs import PlanEntry, picture_seed
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from t2iprobe.hypernymy.hierarchy import Hierarchy
 
-__all__ = ["DiffusersSampler", "FolderSampler", "Sampler", "list_pictures", "picture_seed"]
+__all__ = ["DiffusersSampler", "FolderSampler", "Sampler", "list_pictures", "picture_seed", "read_picture"]
 
 
 class Sampler(Protocol):
@@ -231,45 +232,17 @@ def list_pictures(folder: str | Path, hierarchy: "Hierarchy") -> dict[str, list[
     Subfolders are synset names, wnids or lemmas.
     Raises UserError where a subfolder's name is no synset of the hierarchy, or there is no picture at all.
     """
-    from PIL import Image
-
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one with a subfolder of pictures for each synset")
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
     pictures: dict[str, list[str]] = {}
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        found = [
-            path for path in subfolder.iterdir() if path.suffix.lower() in endings and path.name[0] != "."
-        ]
-        if found:
+        if found := picture_files(subfolder):
             name = hierarchy.resolve(subfolder.name)
-            pictures.setdefault(name, []).extend(
-                path.relative_to(folder).as_posix() for path in sorted(found)
-            )
+            pictures.setdefault(name, []).extend(path.relative_to(folder).as_posix() for path in found)
     if not pictures:
         raise UserError(f"{folder} holds no pictures: they are looked for in {folder}/<synset>/*")
     return {name: pictures[name] for name in sorted(pictures)}
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """Read any picture that Pillow reads, as uint8 [H, W, 3]. Raises UserError naming an unreadable file."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):  # Pillow would clip it
-            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the picture {path} ({error}): repair it, remove it, or add --skip-bad"
-        ) from None
 
 
 def resize_picture(picture: np.ndarray, side: int) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""What the commands call: settings from words, a folder trained, evaluated or planned."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from t2iprobe.config import parse_settings, preset_values
+from t2iprobe.devices import resolve_device, resolve_dtype
+from t2iprobe.errors import UserError, suggest
+from t2iprobe.inversion.backbones import Backbone, make_backbone
+from t2iprobe.inversion.concepts import Concept, load_concept
+from t2iprobe.inversion.embeddings import check_token
+from t2iprobe.inversion.methods import find_method
+from t2iprobe.inversion.settings import Training
+from t2iprobe.inversion.training import Progress, evaluate_outcome, time_steps, train_concepts
+from t2iprobe.pipelines import load_pipeline
+
+
+def load_training(given: Mapping[str, Any], settings: Sequence[str] | None = None) -> Training:
+    """Build the settings of a training; None leaves one to its default. Raises UserError for a bad one.
+
+    Where the model is a preset's, its steps and guidance are the preset's.
+    """
+    values = {key: value for key, value in given.items() if value is not None}
+    values |= parse_settings(settings or [])
+    for key in values:
+        if key not in Training.model_fields:
+            near = suggest(key, Training.model_fields) or f": known are {', '.join(Training.model_fields)}"
+            raise UserError(f"unknown setting {key!r}{near}")
+    values = preset_values(values.get("model", "embedded"), ("steps", "guidance", "variant")) | values
+    try:
+        training = Training(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"bad value for {first['loc'][0]}: {first['input']!r} ({first['msg'].lower()})"
+        ) from None
+    find_method(training.method)
+    return training
+
+
+def load_backbone(settings: Training) -> Backbone:
+    """Load the model of a training onto its device."""
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    pipeline = load_pipeline(settings.model, device=device, dtype=dtype, variant=settings.variant)
+    return make_backbone(pipeline, dtype=dtype, size=settings.size)
+
+
+def read_concept(
+    folder: Path, token: str, settings: Training, backbone: Backbone, *, skip_bad: bool = False
+) -> Concept:
+    """Read a folder as a concept for a backbone."""
+    return load_concept(
+        folder,
+        token,
+        size=backbone.size,
+        templates=settings.templates,
+        background=settings.background,
+        skip_bad=skip_bad,
+    )
+
+
+def train_folder(
+    folder: Path,
+    token: str,
+    settings: Training,
+    out: Path,
+    *,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train one folder's concept into `out`, or continue. Returns training.json."""
+    check_token(token, [])
+    if not folder.is_dir():  # said before a model is loaded
+        raise UserError(f"there is no folder {folder}: give one with a few pictures of the concept")
+    backbone = load_backbone(settings)
+    concept = read_concept(folder, token, settings, backbone, skip_bad=skip_bad)
+    return train_concepts(backbone, [(concept, out)], settings, progress=progress)[0]
+
+
+def plan_training(folder: Path, token: str, settings: Training, *, skip_bad: bool = False) -> dict[str, Any]:
+    """Describe what a training would do and cost, by a few steps that are thrown away. Writes nothing."""
+    backbone = load_backbone(settings)
+    concept = read_concept(folder, token, settings, backbone, skip_bad=skip_bad)
+    seconds = time_steps(backbone, concept, settings)
+    most = settings.max_steps or find_method(settings.method).max_steps
+    return {
+        "pictures": len(concept.pictures),
+        "method": settings.method,
+        "model": settings.model,
+        "max_steps": most,
+        "seconds_per_step": seconds,
+        "seconds": seconds * most,
+    }
+
+
+def read_outcome(out: Path) -> dict[str, Any]:
+    """Read a finished training. Raises UserError where there is none."""
+    path = out / "training.json"
+    if not path.exists():
+        raise UserError(f"{out} holds no finished training: it has no training.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> dict[str, Any]:
+    """Evaluate what was trained into `out` with `pictures` a prompt. Returns training.json, rewritten."""
+    outcome = read_outcome(out)
+    settings = Training(**outcome["settings"])
+    changes: dict[str, Any] = {"evaluate": pictures} | ({"features": features} if features else {})
+    settings = settings.model_copy(update=changes)
+    backbone = load_backbone(settings)
+    folder = Path(outcome["pictures"][0]).parent
+    concept = read_concept(folder, outcome["token"], settings, backbone, skip_bad=True)
+    return evaluate_outcome(backbone, concept, settings, out, outcome)

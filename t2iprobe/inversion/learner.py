@@ -1,0 +1,228 @@
+"""One concept in training: its inputs, its optimiser, its stopper, and the state that survives a kill."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from t2iprobe.inversion.stopping import Stopper, make_stopper
+
+from t2iprobe.errors import UserError
+from t2iprobe.inversion.concepts import Concept, Moments
+from t2iprobe.inversion.methods import Method
+from t2iprobe.inversion.objective import FixedInputs, Inputs, draw_inputs
+from t2iprobe.inversion.settings import Training
+from t2iprobe.storage import explain_full_disk, write_atomically
+
+STATE_SECONDS = 5.0  # between two states: what a kill can cost
+LOG_STEPS = 10
+KEPT = ("step", "seconds", "seconds_grids", "curve", "bands", "statistic", "train_loss", "grids", "initial")
+
+
+class Learner:
+    """One concept in training: its inputs, optimiser, stopper and what has been seen so far."""
+
+    def __init__(
+        self,
+        concept: Concept,
+        out: Path,
+        settings: Training,
+        method: Method,
+        moments: Moments,
+        prior: tuple[Concept, Moments] | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.concept, self.out, self.settings, self.method = concept, out, settings, method
+        self.moments, self.prior, self.identity = moments, prior, identity
+        cap = settings.max_steps or method.max_steps
+        options = {} if settings.every is None else {"every": settings.every}
+        self.stopper: Stopper = make_stopper(settings.stop, method.name, cap, **options)
+        published = settings.stop == "dvar"  # four inputs, as they fall
+        self.items = 4 if published and "items" not in settings.model_fields_set else settings.items
+        self.shape = moments.mean.shape[2:]
+        self.fixed = FixedInputs(
+            concept, self.shape, self.items, settings.seed,
+            code=settings.fixed, stratified=not published, flip=settings.flip,
+        )  # fmt: skip
+        self.cap = cap
+        self.step = 0
+        self.seconds = self.seconds_grids = 0.0
+        self.curve: list[list[float]] = []
+        self.bands: list[list[float]] = []
+        self.statistic: list[list[float | None]] = []
+        self.train_loss: list[list[float]] = []
+        self.grids: list[dict[str, Any]] = []
+        self.first_losses: torch.Tensor | None = None
+        self.stopped: dict[str, Any] | None = None
+        self.initial: dict[str, Any] = {}
+        groups = method.parameter_groups(concept.token, settings.rate, settings.row_rate)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
+        self._sum = torch.zeros((), device=method.backbone.device)
+        self._written = -math.inf
+        self._good: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Remember the parameters as they are before training."""
+        self.initial_values = [parameter.detach().clone() for parameter in self.parameters]
+        self._good = [value.clone() for value in self.initial_values]
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """Put the parameters back to what they were before training, for a while."""
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._assign(self.initial_values)
+        try:
+            yield
+        finally:
+            self._assign(trained)
+
+    @torch.no_grad()
+    def _assign(self, values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def training_inputs(self) -> list[Inputs]:
+        """Return the inputs of the next step: the concept's, and the prior's where there is one."""
+        key = (self.settings.seed, self.concept.token, self.step)
+        own = draw_inputs(self.concept, self.shape, self.settings.batch, key, flip=self.settings.flip)
+        if self.prior is None:
+            return [own]
+        return [own, draw_inputs(self.prior[0], self.shape, self.settings.batch, (*key, "prior"))]
+
+    def training_moments(self) -> list[Moments]:
+        """Return the moments that go with `training_inputs`."""
+        return [self.moments] if self.prior is None else [self.moments, self.prior[1]]
+
+    def training_loss(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return this concept's loss of its part [items] of the losses of a pass."""
+        own = losses[: self.settings.batch].mean()
+        self._sum += own.detach()
+        if self.prior is None:
+            return own
+        return own + self.settings.prior_weight * losses[self.settings.batch :].mean()
+
+    def finish_step(self) -> None:
+        """Step the optimiser, after the pass's backward."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.step % LOG_STEPS == 0:
+            self.train_loss.append([self.step, self._sum / LOG_STEPS])  # type: ignore[list-item]
+            self._sum = torch.zeros_like(self._sum)
+
+    @property
+    def due(self) -> bool:
+        """Whether the watched loss is to be looked at now."""
+        return self.step % self.stopper.every == 0 or self.step >= self.cap
+
+    def look(self, losses: torch.Tensor, value: float | None = None) -> None:
+        """Take the watched losses [items] at this step, or a rule's own `value`; decide whether to stop."""
+        found = losses.detach().float().cpu()
+        self.train_loss = [[step, float(loss)] for step, loss in self.train_loss]
+        broken = not torch.isfinite(found).all() or not all(math.isfinite(x) for _, x in self.train_loss)
+        if broken:
+            self._assign(self._good)
+            good = int(self.curve[-1][0]) if self.curve else 0
+            self.train_loss = [pair for pair in self.train_loss if math.isfinite(pair[1])]
+            self.stopped = {
+                "rule": "nan", "step": good, "value": None,
+                "reason": f"the loss was not a number at step {self.step}: the state of step {good} is kept",
+            }  # fmt: skip
+            self.step = good
+            return
+        self._good = [parameter.detach().clone() for parameter in self.parameters]
+        thirds = self.fixed.at(self.step).quantiles.mul(3).long().clamp(max=2)
+        self.bands.append(
+            [
+                self.step,
+                *(float(found[thirds == t].mean()) if (thirds == t).any() else math.nan for t in range(3)),
+            ]
+        )
+        if self.first_losses is None:
+            self.first_losses = found
+        if value is None:
+            # Each stratum by its own first value: else a few noise levels with a large loss hide the others.
+            normal = self.settings.stop == "plateau"
+            value = float((found / self.first_losses).mean() if normal else found.mean())
+        self.curve.append([self.step, value])
+        stop = self.stopper.update(value)
+        self.statistic.append([self.step, self.stopper.value])
+        if not stop and self.step >= self.cap:
+            stop = True
+        if stop:
+            reason = self.stopper.reason or f"the cap of {self.cap} steps was reached"
+            self.stopped = {
+                "rule": self.stopper.rule, "step": self.step, "value": self.stopper.value, "reason": reason
+            }  # fmt: skip
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def store(self, force: bool = False) -> None:
+        """Write the state, if enough time has passed since the last one."""
+        from safetensors.torch import save
+
+        began = time.monotonic()
+        if not force and began - self._written < STATE_SECONDS:
+            return
+        tensors = {}
+        for number, parameter in enumerate(self.parameters):
+            tensors[f"value.{number}"] = parameter.detach().cpu().contiguous()
+            state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                if name in state:
+                    tensors[f"{name}.{number}"] = state[name].detach().cpu().contiguous()
+        if self.first_losses is not None:
+            tensors["first_losses"] = self.first_losses
+        tensors["sum"] = self._sum.detach().cpu()
+        told = {
+            name: getattr(self, name)
+            for name in KEPT
+        }  # fmt: skip
+        told["train_loss"] = [[step, float(loss)] for step, loss in self.train_loss]
+        with explain_full_disk(self.out):
+            write_atomically(
+                self.out / "state.safetensors", save(tensors, {"state": json.dumps(told), "format": "pt"})
+            )
+        # writing a large state must not become the main work
+        self._written = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def restore(self) -> bool:
+        """Continue from the state in the folder. Returns whether there was one."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.out / "state.safetensors"
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                told = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the state {path} is damaged ({error}): remove it to train from the start"
+            ) from None
+        for name, value in told.items():
+            setattr(self, name, value)
+        device = self.method.backbone.device
+        self.first_losses = tensors.get("first_losses")
+        self._sum = tensors["sum"].to(device)
+        self._assign([tensors[f"value.{number}"] for number in range(len(self.parameters))])
+        for number, parameter in enumerate(self.parameters):
+            if self.optimizer is not None and f"step.{number}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"step.{number}"],
+                    **{
+                        name: tensors[f"{name}.{number}"].to(device).clone()
+                        for name in ("exp_avg", "exp_avg_sq")
+                    },
+                }
+        for _, value in self.curve:
+            self.stopper.update(value)
+        self._good = [parameter.detach().clone() for parameter in self.parameters]
+        return True

@@ -1,0 +1,403 @@
+"""The training loop: one objective, several concepts in one pass; killed and continued anywhere.
+
+    OUT/settings.json      what every number depends on; the same command continues, another is refused
+    OUT/state.safetensors  the last state, until the end (metadata: step, curve, seconds)
+    OUT/training.json      the outcome: what stopped it, when and why, and the whole curve
+    OUT/learned_embeds.safetensors and the method's own weights
+    OUT/grids/step_000100/*.png   pictures drawn on the way
+
+All randomness is a hash of (seed, token, step): nothing but the state needs to be kept.
+"""
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2iprobe.errors import UserError
+from t2iprobe.inversion.backbones import Backbone
+from t2iprobe.inversion.concepts import Concept, Moments, encode_moments
+from t2iprobe.inversion.drawing import draw_pictures, write_pictures
+from t2iprobe.inversion.initialization import initialise
+from t2iprobe.inversion.learner import Learner
+from t2iprobe.inversion.methods import Method, find_method
+from t2iprobe.inversion.objective import denoising_losses
+from t2iprobe.inversion.settings import Training
+from t2iprobe.machine import list_versions
+from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically
+
+SCHEMA = "t2iprobe.training/1"
+Progress = Callable[[int, int], None]
+
+
+def train_concepts(
+    backbone: Backbone,
+    jobs: Sequence[tuple[Concept, Path]],
+    settings: Training,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Train concepts, each into its own folder, or continue what is there. Returns their training.json.
+
+    With textual inversion they share every pass of the denoiser; a concept that has converged leaves it.
+    Raises UserError where a folder holds another training, or a loss is not a number (the last good rows
+    are then written all the same).
+    """
+    method_class = find_method(settings.method)
+    method_class.check(backbone)
+    jobs = list(jobs)
+    if len({concept.token for concept, _ in jobs}) < len(jobs):
+        raise UserError("two concepts have the same token: name them apart")
+    if not method_class.shares_pass and len(jobs) > 1:
+        return [train_concepts(backbone, [job], settings, progress=progress)[0] for job in jobs]
+    identities = {out: _identify(settings, concept) for concept, out in jobs}
+    done = {out: found for _, out in jobs if (found := _find_finished(out, identities[out]))}
+    missing = [(concept, out) for concept, out in jobs if out not in done]
+    if missing:
+        done |= _train(backbone, missing, settings, method_class, identities, progress)
+    broken = [found for found in done.values() if found["stop"]["rule"] == "nan"]
+    if broken:
+        names = ", ".join(found["token"] for found in broken)
+        raise UserError(
+            f"{names}: {broken[0]['stop']['reason']}; "
+            "try a smaller --row-rate or --dtype float32, with another --out"
+        )
+    return [done[out] for _, out in jobs]
+
+
+def _identify(settings: Training, concept: Concept) -> dict[str, Any]:
+    from t2iprobe.pipelines import model_hash
+
+    chosen = json.loads(settings.model_dump_json(exclude={"grid", "evaluate", "device"}))
+    return {
+        "token": concept.token,
+        "model_hash": model_hash(settings.model, variant=settings.variant),
+        "pictures": hash_files({path.name: path for path in concept.files}),
+        "captions": list(concept.captions or ()),
+        "settings": chosen,
+    }
+
+
+def _find_finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    path = out / "settings.json"
+    with explain_full_disk(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{out} is a file: give --out a folder") from None
+        remove_leftovers(out)
+        if not path.exists():
+            write_atomically(path, json.dumps(identity, indent=1).encode())
+            return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: give --out another folder") from None
+    if stored != identity:
+        raise UserError(
+            f"{out} holds another training ({_differences(stored, identity)}): give another --out"
+        )
+    finished = out / "training.json"
+    return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    pairs = [(f"{key}", stored.get(key), value) for key, value in wanted.items() if key != "settings"]
+    kept = stored.get("settings", {})
+    pairs += [(key, kept.get(key), value) for key, value in wanted["settings"].items()]
+    told = [f"{key}: {_short(old)} there, {_short(new)} now" for key, old, new in pairs if old != new]
+    return "; ".join(told[:3])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _train(
+    backbone: Backbone,
+    jobs: Sequence[tuple[Concept, Path]],
+    settings: Training,
+    method_class: type[Method],
+    identities: dict[Path, dict[str, Any]],
+    progress: Progress | None,
+) -> dict[Path, dict[str, Any]]:
+    prior = _make_prior(backbone, settings, method_class)
+    method = method_class(backbone, {concept.token: settings.vectors for concept, _ in jobs}, settings.rank)
+    try:
+        learners = [
+            _make_learner(backbone, concept, out, settings, method, prior, identities[out])
+            for concept, out in jobs
+        ]
+        for learner in learners:
+            learner.restore()
+        if settings.compile:
+            backbone.denoiser.compile_repeated_blocks()
+        return _run(backbone, learners, progress)
+    finally:
+        method.remove()
+
+
+def _make_learner(
+    backbone: Backbone,
+    concept: Concept,
+    out: Path,
+    settings: Training,
+    method: Method,
+    prior: tuple[Concept, Moments] | None,
+    identity: dict[str, Any],
+) -> Learner:
+    """Return a learner whose rows are initialised; the time that takes is part of its training's."""
+    began = time.perf_counter()
+    moments = _on(encode_moments(backbone, concept), backbone.device)
+    learner = Learner(concept, out, settings, method, moments, prior, identity)
+    learner.initial = initialise(
+        backbone, method.rows, concept, moments, settings.init, settings.seed, key=identity["model_hash"]
+    )
+    learner.seconds = time.perf_counter() - began
+    learner.begin()
+    return learner
+
+
+def _on(moments: Moments, device: torch.device) -> Moments:
+    return Moments(moments.mean.to(device), moments.std.to(device))
+
+
+def _make_prior(
+    backbone: Backbone, settings: Training, method_class: type[Method]
+) -> tuple[Concept, Moments] | None:
+    """Draw the pictures of the prior's word with the untrained model (DreamBooth, §3.2)."""
+    if settings.prior is None:
+        return None
+    if not method_class.uses_prior:
+        raise UserError(f"{method_class.name} changes nothing but the token: leave --prior out")
+    prompt = f"a photo of a {settings.prior}"
+    seeds = [settings.seed * 1_000_003 + number for number in range(settings.prior_pictures)]
+    drawn = draw_pictures(backbone, [prompt] * len(seeds), seeds, settings.steps, settings.guidance)
+    concept = Concept(
+        token=settings.prior,
+        pictures=torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous(),
+        files=(),
+    )
+    return concept, _on(encode_moments(backbone, concept), backbone.device)
+
+
+def _run(
+    backbone: Backbone, learners: Sequence[Learner], progress: Progress | None
+) -> dict[Path, dict[str, Any]]:
+    """Train until every learner has stopped; each is written then. Returns out → training.json."""
+    outcomes: dict[Path, dict[str, Any]] = {}
+    active = list(learners)
+    for learner in active:
+        if not learner.curve:
+            _look(backbone, [learner])
+            _draw_grid(backbone, learner)
+    while active:
+        began = time.perf_counter()
+        _step(backbone, active)
+        due = [learner for learner in active if learner.due]
+        if due:
+            _look(backbone, due)
+        elapsed = time.perf_counter() - began
+        for learner in active:
+            learner.seconds += elapsed / len(active)
+        for learner in due:
+            if learner.stopped is not None:
+                outcomes[learner.out] = _finish(backbone, learner)
+            else:
+                if _is_grid_step(learner):
+                    _draw_grid(backbone, learner)
+                learner.store()
+        active = [learner for learner in active if learner.stopped is None]
+        if progress is not None:
+            progress(max(learner.step for learner in learners), learners[0].cap)
+    return outcomes
+
+
+def _step(backbone: Backbone, active: Sequence[Learner]) -> None:
+    """One step of every active learner, in one pass."""
+    inputs = [learner.training_inputs() for learner in active]
+    moments = [moment for learner in active for moment in learner.training_moments()]
+    flat = [each for group in inputs for each in group]
+    rows = active[0].method.rows
+    prompts = [rows.expand(caption) for each in flat for caption in each.captions]
+    losses = denoising_losses(backbone, moments, flat, prompts)
+    parts = losses.split([sum(len(each.captions) for each in group) for group in inputs])
+    total = torch.stack(
+        [learner.training_loss(part) for learner, part in zip(active, parts, strict=True)]
+    ).sum()
+    total.backward()
+    for learner in active:
+        learner.finish_step()
+
+
+@torch.no_grad()
+def _look(backbone: Backbone, due: Sequence[Learner]) -> None:
+    inputs = [learner.fixed.at(learner.step) for learner in due]
+    rows = due[0].method.rows
+    prompts = [rows.expand(caption) for each in inputs for caption in each.captions]
+    losses = denoising_losses(backbone, [learner.moments for learner in due], inputs, prompts)
+    parts = losses.split([len(each.captions) for each in inputs])
+    for learner, part in zip(due, parts, strict=True):
+        learner.look(part, _clip_score(backbone, learner) if learner.settings.stop == "clip" else None)
+
+
+def _clip_score(backbone: Backbone, learner: Learner) -> float:
+    """Return the mean cosine of eight pictures drawn now with the concept's pictures (CLIP-s, published)."""
+    from t2iprobe.inversion.features import load_features
+
+    features = load_features(learner.settings.features, str(backbone.device), backbone.dtype)
+    prompts = [learner.concept.templates[number % len(learner.concept.templates)] for number in range(8)]
+    prompts = [learner.method.rows.expand(p.replace("{}", learner.concept.token)) for p in prompts]
+    drawn = draw_pictures(
+        backbone, prompts, [37 + n for n in range(8)], learner.settings.steps, learner.settings.guidance
+    )
+    own = learner.concept.pictures.permute(0, 2, 3, 1).numpy()
+    return float((features.pictures(drawn) @ features.pictures(list(own)).T).mean())
+
+
+def _is_grid_step(learner: Learner) -> bool:
+    """Whether this is the first look at or after 50, 100, 200, 400, … steps."""
+    before = learner.curve[-2][0] if len(learner.curve) > 1 else 0
+    marks = [50 * 2**power for power in range(20)]
+    return any(before < mark <= learner.step for mark in marks)
+
+
+def grid_prompts(concept: Concept, count: int) -> list[str]:
+    """Return the prompts of a grid: two wordings, each with several seeds."""
+    wordings = [concept.templates[0], concept.templates[min(1, len(concept.templates) - 1)]]
+    return [wordings[number * 2 // count].replace("{}", concept.token) for number in range(count)]
+
+
+def _draw_grid(backbone: Backbone, learner: Learner) -> None:
+    settings = learner.settings
+    if settings.grid == 0 or any(grid["step"] == learner.step for grid in learner.grids):
+        return
+    began = time.perf_counter()
+    prompts = grid_prompts(learner.concept, settings.grid)
+    seeds = list(range(settings.grid))
+    expanded = [learner.method.rows.expand(prompt) for prompt in prompts]
+    pictures = draw_pictures(backbone, expanded, seeds, settings.steps, settings.guidance)
+    folder = learner.out / "grids" / f"step_{learner.step:06}"
+    with explain_full_disk(learner.out):
+        files = write_pictures(folder, pictures)
+    learner.grids.append(
+        {"step": learner.step, "prompts": prompts, "files": [str(f.relative_to(learner.out)) for f in files]}
+    )
+    learner.seconds_grids += time.perf_counter() - began
+
+
+def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
+    """Write everything that a finished training leaves."""
+    assert learner.stopped is not None
+    settings, token = learner.settings, learner.concept.token
+    _draw_grid(backbone, learner)
+    metadata = {
+        "base_model": settings.model,
+        "base_model_hash": learner.identity["model_hash"],
+        "steps": str(learner.step),
+        "stop_rule": learner.stopped["rule"],
+        "stop_reason": learner.stopped["reason"],
+        "recipe": json.dumps(learner.identity["settings"], sort_keys=True),
+    }
+    with explain_full_disk(learner.out):
+        files = learner.method.save(token, learner.out, metadata)
+    outcome: dict[str, Any] = {
+        "schema": SCHEMA,
+        "token": token,
+        "vectors": settings.vectors,
+        "method": settings.method,
+        "model": settings.model,
+        "model_hash": learner.identity["model_hash"],
+        "settings": json.loads(settings.model_dump_json()),
+        "steps": learner.step,
+        "stop": learner.stopped,
+        "curve": learner.curve,
+        "bands": [
+            [None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in learner.bands
+        ],
+        "statistic": learner.statistic,
+        "train_loss": learner.train_loss,
+        "seconds": learner.seconds,
+        "seconds_grids": learner.seconds_grids,
+        "initial": learner.initial,
+        "pictures": [str(path) for path in learner.concept.files],
+        "files": files,
+        "grids": learner.grids,
+        "versions": list_versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "evaluation": _evaluate(backbone, learner),
+    }
+    _write_outcome(learner.out, outcome)
+    return outcome
+
+
+def _write_outcome(out: Path, outcome: dict[str, Any]) -> None:
+    """Write training.json and the report, and remove the state that is no longer needed."""
+    from t2iprobe.inversion.report import write_report
+
+    with explain_full_disk(out):
+        write_atomically(
+            out / "training.json", json.dumps(outcome, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        )
+        write_report(out)
+        (out / "state.safetensors").unlink(missing_ok=True)
+
+
+def _evaluate(backbone: Backbone, learner: Learner) -> dict[str, Any] | None:
+    """Measure likeness, obedience and diversity, before and after, if the settings ask for it."""
+    settings = learner.settings
+    if settings.evaluate == 0 or (learner.stopped is not None and learner.stopped["rule"] == "nan"):
+        return None
+    from t2iprobe.inversion.evaluation import evaluate_learner
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        expanded = [learner.method.rows.expand(prompt) for prompt in prompts]
+        return draw_pictures(backbone, expanded, seeds, settings.steps, settings.guidance)
+
+    def draw_before(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        with learner.untrained():
+            return draw(prompts, seeds)
+
+    return evaluate_learner(
+        draw, draw_before, learner.concept, settings, str(backbone.device), backbone.dtype
+    )
+
+
+def evaluate_outcome(
+    backbone: Backbone, concept: Concept, settings: Training, out: Path, outcome: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate a finished training by `settings`, and write its training.json and report again."""
+    method = find_method(settings.method)(backbone, {concept.token: settings.vectors}, settings.rank)
+    try:
+        learner = _make_learner(backbone, concept, out, settings, method, None, {"model_hash": ""})
+        method.load(concept.token, out)
+        found = {**outcome, "evaluation": _evaluate(backbone, learner)}
+    finally:
+        method.remove()
+    _write_outcome(out, found)
+    return found
+
+
+def time_steps(backbone: Backbone, concept: Concept, settings: Training, count: int = 5) -> float:
+    """Return the seconds of a training step with its share of the looks, measured on a few thrown away."""
+    method = find_method(settings.method)(backbone, {concept.token: settings.vectors}, settings.rank)
+    try:
+        plain = settings.model_copy(update={"init": "random"})
+        learner = _make_learner(backbone, concept, Path("."), plain, method, None, {"model_hash": ""})
+        _step(backbone, [learner])  # the first call of a network sets it up
+        began = time.perf_counter()
+        for _ in range(count):
+            _step(backbone, [learner])
+        step = (time.perf_counter() - began) / count
+        began = time.perf_counter()
+        _look(backbone, [learner])
+        return step + (time.perf_counter() - began) / learner.stopper.every
+    finally:
+        method.remove()
