@@ -14,7 +14,7 @@ from t2iprobe.errors import UserError
 
 if TYPE_CHECKING:
     from t2iprobe.config import Study
-    from t2iprobe.runs import Run, Share
+    from t2iprobe.runs import Run
 
 app = typer.Typer(
     help="What does a text-to-image model understand? Probe it with WordNet, with error bars.",
@@ -108,6 +108,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Draw synsets, judge the pictures, report what the model understands. Can be stopped and continued."""
+    from t2iprobe.config import read_share
+
     given = {
         "model": model,
         "classifiers": classifier,
@@ -130,9 +132,7 @@ def run(
     if dry_run:
         _print_plan(study, out, as_json)
         return
-    _run_study(
-        study, _default_out(out, study.model), share=_read_share(shard), extend=extend, as_json=as_json
-    )
+    _run_study(study, _default_out(out, study.model), share=read_share(shard), extend=extend, as_json=as_json)
 
 
 @hypernymy.command()
@@ -288,13 +288,6 @@ def _load_study(config: str | None, given: dict[str, Any], settings: list[str] |
 
 def _default_out(out: Path | None, name: str) -> Path:
     return out or Path("runs") / Path(name).name.partition("@")[0]
-
-
-def _read_share(text: str) -> "Share":
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--shard takes i/n with 0 ≤ i < n, such as 0/4, not {text!r}")
-    return int(index), int(count)
 
 
 def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None:

@@ -210,11 +210,12 @@ def _describe_teaching(found: dict[str, Any], out: Path) -> str:
     lines = [f"{'word':24} {'method':18} {'before':>7} {'after':>7}  difference, 95 % interval    q"]
     for row in found["words"]:
         difference = row["difference"]
-        low, high = difference["interval"]
+        low, high = difference["interval"] or (float("nan"), float("nan"))
+        q = "–" if difference["q"] is None else f"{difference['q']:.3f}"
         lines.append(
             f"{row['word'][:24]:24} {row['method']:18} {row['before']['value']:7.4f} "
             f"{row['after']['value']:7.4f}  "
-            f"{difference['value']:+.4f} [{low:+.4f}, {high:+.4f}]  {difference['q']:.3f}"
+            f"{difference['value']:+.4f} [{low:+.4f}, {high:+.4f}]  {q}"
             f"{'  *' if row['significant'] else ''}"
         )
     return "\n".join([*lines, f"report: {out / 'report.html'}"])

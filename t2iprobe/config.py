@@ -132,6 +132,14 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def read_share(text: str) -> tuple[int, int]:
+    """Read ``i/n`` with 0 ≤ i < n: which of n shares. Raises UserError for anything else."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--shard takes i/n with 0 ≤ i < n, such as 0/4, not {text!r}")
+    return int(index), int(count)
+
+
 def preset_values(model: str, keys: Iterable[str]) -> dict[str, Any]:
     """Return the values of `keys` in the first preset of a model, to draw elsewhere as a probe does."""
     for name in list_presets():

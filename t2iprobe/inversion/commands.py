@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from t2iprobe.config import parse_settings, preset_values
+from t2iprobe.config import parse_settings, preset_values, read_share
 from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.inversion.backbones import Backbone, make_backbone
@@ -80,6 +80,54 @@ def train_folder(
     backbone = load_backbone(settings)
     concept = read_concept(folder, token, settings, backbone, skip_bad=skip_bad)
     return train_concepts(backbone, [(concept, out)], settings, progress=progress)[0]
+
+
+def train_folders(
+    folder: Path,
+    settings: Training,
+    out: Path,
+    *,
+    group: int = 8,
+    shard: str = "0/1",
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train every subfolder's concept into ``out/<its name>``, `group` of them in one pass, or continue.
+
+    The token of ``My Cat`` is ``<my-cat>``. `shard` i/n takes every n-th subfolder, from the i-th.
+    Returns subfolder → training.json.
+    """
+    index, count = read_share(shard)
+    if group < 1:
+        raise UserError(f"--group takes 1 or more concepts, not {group}")
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}: give one with a subfolder of pictures for each concept"
+        )
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not found:
+        raise UserError(f"{folder} has no subfolders: each concept needs its own")
+    tokens = {path: name_token(path.name) for path in found}
+    for token in tokens.values():
+        check_token(token, [])
+    chosen = found[index::count]
+    backbone = load_backbone(settings)
+    outcomes: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(chosen), group):
+        part = chosen[start : start + group]
+        jobs = [
+            (read_concept(path, tokens[path], settings, backbone, skip_bad=skip_bad), out / path.name)
+            for path in part
+        ]
+        trained = train_concepts(backbone, jobs, settings, progress=progress)
+        outcomes |= {path.name: outcome for path, outcome in zip(part, trained, strict=True)}
+    return outcomes
+
+
+def name_token(name: str) -> str:
+    """Return the token for a folder or word: ``My Cat`` and ``my_cat`` become ``<my-cat>``."""
+    words = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name.lower())
+    return f"<{'-'.join(part for part in words.split('-') if part)}>"
 
 
 def plan_training(folder: Path, token: str, settings: Training, *, skip_bad: bool = False) -> dict[str, Any]:
