@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from t2iprobe.pipelines import Pipeline
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, T5Tokenizer
 
 MAX_TOKENS = 77
 VOCABULARY = 514  # 256 bytes, 256 bytes that end a word, start, end
@@ -39,6 +39,32 @@ def tiny_tokenizer() -> "CLIPTokenizer":
     tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
     tokenizer.model_max_length = MAX_TOKENS  # otherwise 1e30
     return tokenizer
+
+
+def tiny_t5_tokenizer() -> "T5Tokenizer":
+    """Build a T5 tokenizer whose pieces are single printable characters."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [("▁", -2.0), *((chr(code), -2.0) for code in range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=[*special, *pieces], extra_ids=0)
+    tokenizer.model_max_length = MAX_TOKENS
+    return tokenizer
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=128,  # more than the tokenizer has, as in the published ones
+        d_model=64,
+        d_kv=8,
+        d_ff=37,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
 
 
 def _clip_config(**more: Any) -> Any:
@@ -168,8 +194,78 @@ def _latent_diffusion() -> Pipeline:
     )
 
 
+def _flow_autoencoder() -> Any:
+    return _autoencoder(
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
+    )
+
+
+def _flux() -> Pipeline:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    transformer: Any = FluxTransformer2DModel(
+        in_channels=16,  # squares of four latents
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipeline: Any = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_flow_autoencoder(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=tiny_t5_tokenizer(),
+        transformer=transformer.eval(),
+    )
+    pipeline.default_sample_size = 16  # which no configuration keeps: saved and loaded it draws 256 pixels
+    return pipeline
+
+
+def _stable_diffusion_3() -> Pipeline:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    transformer: Any = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,  # both CLIPs' 32
+        pos_embed_max_size=16,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_flow_autoencoder(),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(projection_dim=32)).eval(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(projection_dim=32)).eval(),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=_t5(),
+        tokenizer_3=tiny_t5_tokenizer(),
+    )
+
+
 FAMILIES: dict[str, Callable[[], Pipeline]] = {
     "sd": _stable_diffusion,
     "sdxl": _stable_diffusion_xl,
     "ldm": _latent_diffusion,
+    "flux": _flux,
+    "sd3": _stable_diffusion_3,
 }
