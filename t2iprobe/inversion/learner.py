@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from t2iprobe.inversion.stopping import Stopper, make_stopper
 
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.concepts import Concept, Moments
 from t2iprobe.inversion.methods import Method
 from t2iprobe.inversion.objective import FixedInputs, Inputs, draw_inputs
 from t2iprobe.inversion.settings import Training
+from t2iprobe.inversion.stopping import Stopper, make_stopper
 from t2iprobe.storage import explain_full_disk, write_atomically
 
-STATE_SECONDS = 5.0  # between two states: what a kill can cost
+# Between two states: what a kill can cost.
+STATE_SECONDS = float(os.environ.get("T2IPROBE_STATE_SECONDS", 5.0))
 LOG_STEPS = 10
 KEPT = ("step", "seconds", "seconds_grids", "curve", "bands", "statistic", "train_loss", "grids", "initial")
 

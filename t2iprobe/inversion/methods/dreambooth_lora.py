@@ -64,5 +64,5 @@ class DreamBoothLora(Method):
 
     def remove(self) -> None:
         """Take the adapters and the rows out of the backbone."""
-        self.backbone.denoiser.delete_adapters("default")
+        self.backbone.denoiser.unload_lora()
         super().remove()

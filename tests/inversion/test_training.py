@@ -1,0 +1,250 @@
+"""The loop: concepts that share a pass train as alone, a killed training ends as an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from concept_pictures import draw_concept
+from safetensors.torch import load_file
+
+from t2iprobe.errors import UserError
+from t2iprobe.inversion.backbones import Backbone
+from t2iprobe.inversion.commands import load_backbone, load_training, read_concept, train_folders
+from t2iprobe.inversion.embeddings import Rows
+from t2iprobe.inversion.settings import Training
+from t2iprobe.inversion.training import train_concepts
+
+QUICK = {"grid": 0, "evaluate": 0, "dtype": "float32", "batch": 2, "items": 4, "steps": 2, "init": "thing"}
+
+
+def settings_for(model: Path, **more: Any) -> Training:
+    return load_training({"model": str(model), **QUICK, "stop": "budget", "max_steps": 12, **more})
+
+
+def rows_of(out: Path) -> torch.Tensor:
+    (rows,) = load_file(out / "learned_embeds.safetensors").values()
+    return rows
+
+
+def train_some(backbone: Backbone, settings: Training, folders: dict[str, Path], out: Path) -> dict[str, Any]:
+    jobs = [
+        (read_concept(folder, f"<{name}>", settings, backbone), out / name)
+        for name, folder in folders.items()
+    ]
+    return dict(zip(folders, train_concepts(backbone, jobs, settings), strict=True))
+
+
+def test_three_concepts_in_one_pass_train_as_alone(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_for(tiny_model)
+    backbone = load_backbone(settings)
+    folders = {name: draw_concept(tmp_path / name, seed) for seed, name in enumerate(("cat", "dog", "cow"))}
+    together = train_some(backbone, settings, folders, tmp_path / "together")
+    for name, folder in folders.items():
+        alone = train_some(backbone, settings, {name: folder}, tmp_path / "alone")
+        assert (rows_of(tmp_path / "together" / name) - rows_of(tmp_path / "alone" / name)).abs().max() < 1e-5
+        curves = [torch.tensor(found["curve"]) for found in (together[name], alone[name])]
+        assert torch.allclose(*curves, atol=1e-5)
+        start = rows_of(tmp_path / "alone" / name) - rows_of(tmp_path / "alone" / "cat")
+        assert name == "cat" or start.abs().max() > 1e-3  # they did learn, each its own
+
+
+def test_a_concept_that_has_stopped_leaves_the_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2iprobe.inversion import training
+
+    settings = settings_for(tiny_model, max_steps=20, every=5)
+    sizes = []
+    original = training.denoising_losses
+
+    def count(backbone: Any, moments: Any, inputs: Any, prompts: Any) -> Any:
+        if torch.is_grad_enabled():
+            sizes.append(len(inputs))
+        return original(backbone, moments, inputs, prompts)
+
+    monkeypatch.setattr(training, "denoising_losses", count)
+    original_make = training._make_learner
+
+    def make(*arguments: Any) -> Any:
+        learner = original_make(*arguments)
+        if learner.concept.token == "<dog>":
+            learner.cap = 10
+        return learner
+
+    monkeypatch.setattr(training, "_make_learner", make)
+    folders = {name: draw_concept(tmp_path / name, seed) for seed, name in enumerate(("cat", "dog"))}
+    done = train_some(load_backbone(settings), settings, folders, tmp_path / "out")
+    assert (done["cat"]["steps"], done["dog"]["steps"]) == (20, 10)
+    assert sizes == [2] * 10 + [1] * 10
+
+
+def test_the_vocabulary_stays_byte_for_byte(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
+    settings = settings_for(tiny_model)
+    backbone = load_backbone(settings)
+    encoder, denoiser = backbone.pipeline.text_encoder, backbone.pipeline.unet
+    before = [p.detach().numpy().tobytes() for p in (*encoder.parameters(), *denoiser.parameters())]
+    seen = []
+    original = Rows.remove
+
+    def look(self: Rows) -> None:
+        seen.append(self._embeddings["clip_l"].vocabulary.weight.detach().numpy().tobytes())
+        original(self)
+
+    Rows.remove = look  # type: ignore[method-assign]
+    try:
+        train_some(backbone, settings, {"cat": concept_folder}, tmp_path / "out")
+    finally:
+        Rows.remove = original  # type: ignore[method-assign]
+    assert seen == [before[0]]
+    assert [p.detach().numpy().tobytes() for p in (*encoder.parameters(), *denoiser.parameters())] == before
+
+
+def test_the_outcome_tells_what_stopped_it_and_the_whole_curve(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model, every=4, grid=2, vectors=2)
+    out = tmp_path / "out"
+    found = train_some(load_backbone(settings), settings, {"cat": concept_folder}, out.parent / "out")["cat"]
+    out = out / "cat"
+    assert json.loads((out / "training.json").read_text()) == json.loads(json.dumps(found))
+    assert found["stop"]["rule"] == "budget"
+    assert found["stop"]["step"] == found["steps"] == 12
+    assert [step for step, _ in found["curve"]] == [0, 4, 8, 12]
+    assert [step for step, *_ in found["bands"]] == [0, 4, 8, 12]
+    assert found["train_loss"][0][0] == 10
+    assert {grid["step"] for grid in found["grids"]} == {0, 12}
+    assert all((out / file).exists() for grid in found["grids"] for file in grid["files"])
+    assert rows_of(out).shape == (2, 32)
+    assert (out / "cat.safetensors").exists()
+    assert (out / "report.html").exists()
+    assert not (out / "state.safetensors").exists()
+
+
+def test_the_same_training_again_is_done_and_another_is_refused(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model)
+    backbone = load_backbone(settings)
+    first = train_some(backbone, settings, {"cat": concept_folder}, tmp_path / "out")
+    written = (tmp_path / "out" / "cat" / "learned_embeds.safetensors").stat().st_mtime_ns
+    again = train_some(backbone, settings, {"cat": concept_folder}, tmp_path / "out")
+    assert again == json.loads(json.dumps(first))
+    assert (tmp_path / "out" / "cat" / "learned_embeds.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="another training.*seed: 0 there, 1 now"):
+        train_some(backbone, settings_for(tiny_model, seed=1), {"cat": concept_folder}, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
+def test_a_killed_training_ends_as_an_unbroken_one(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, method: str
+) -> None:
+    more = ["--set=grid=0", "--set=evaluate=0", "--set=items=4", "--set=batch=1", "--init", "thing"]
+    command = [
+        *(sys.executable, "-m", "t2iprobe", "inversion", "train", str(concept_folder), "--token", "<cat>"),
+        *("--model", str(tiny_model), "--method", method, "--stop", "budget", "--max-steps", "60"),
+        *("--dtype", "float32", "--every", "2", *more),
+    ]
+    environment = os.environ | {"T2IPROBE_STATE_SECONDS": "0", "OMP_NUM_THREADS": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--out", str(whole)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--out", str(broken)], env=environment, stdout=subprocess.DEVNULL)
+    state, seen = broken / "state.safetensors", set()
+    while len(seen) < 8:  # some steps, by their states
+        assert process.poll() is None, "it ended before it could be killed"
+        if state.exists():
+            seen.add(state.stat().st_mtime_ns)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "training.json").exists()
+    subprocess.run([*command, "--out", str(broken)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    outcomes = [json.loads((out / "training.json").read_text()) for out in (whole, broken)]
+    assert outcomes[0]["curve"] == outcomes[1]["curve"]
+    assert outcomes[0]["train_loss"] == outcomes[1]["train_loss"]
+    for name in outcomes[0]["files"]:
+        if name.endswith(".safetensors"):
+            one, other = load_file(whole / name), load_file(broken / name)
+            assert set(one) == set(other)
+            assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_rows(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2iprobe.inversion import training
+
+    settings = settings_for(tiny_model, every=2, max_steps=20)
+    original, calls = training.denoising_losses, []
+
+    def spoil(backbone: Any, moments: Any, inputs: Any, prompts: Any) -> torch.Tensor:
+        losses = original(backbone, moments, inputs, prompts)
+        if torch.is_grad_enabled():
+            calls.append(1)
+        return losses * torch.nan if len(calls) > 7 else losses
+
+    monkeypatch.setattr(training, "denoising_losses", spoil)
+    backbone = load_backbone(settings)
+    with pytest.raises(UserError, match="not a number at step 8: the state of step 6 is kept"):
+        train_some(backbone, settings, {"cat": concept_folder}, tmp_path / "out")
+    monkeypatch.undo()
+    out = tmp_path / "out" / "cat"
+    assert json.loads((out / "training.json").read_text())["stop"]["rule"] == "nan"
+    six = train_some(
+        backbone, settings_for(tiny_model, every=2, max_steps=6), {"cat": concept_folder}, tmp_path / "6"
+    )
+    assert six["cat"]["steps"] == 6
+    assert torch.equal(rows_of(out), rows_of(tmp_path / "6" / "cat"))
+
+
+@pytest.mark.parametrize("method", ["dreambooth-lora", "custom-diffusion"])
+def test_weights_train_beside_the_rows_and_leave_the_model_as_it_was(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, method: str
+) -> None:
+    settings = settings_for(tiny_model, method=method, prior="dog", prior_pictures=2)
+    backbone = load_backbone(settings)
+    before = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
+    found = train_some(backbone, settings, {"cat": concept_folder}, tmp_path)["cat"]
+    after = backbone.denoiser.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert found["train_loss"]
+    assert len(found["files"]) >= 2
+
+
+def test_textual_inversion_takes_no_prior(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
+    settings = settings_for(tiny_model, prior="dog")
+    with pytest.raises(UserError, match="leave --prior out"):
+        train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)
+
+
+def test_a_folder_of_concepts_is_trained_in_groups_and_in_shares(tiny_model: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("Cat", "dog_2", "cow")):
+        draw_concept(tmp_path / "concepts" / name, seed)
+    settings = settings_for(tiny_model, max_steps=2)
+    whole = train_folders(tmp_path / "concepts", settings, tmp_path / "out", group=2)
+    assert {name: found["token"] for name, found in whole.items()} == {
+        "Cat": "<cat>",
+        "cow": "<cow>",
+        "dog_2": "<dog-2>",
+    }
+    parts = [
+        train_folders(tmp_path / "concepts", settings, tmp_path / "parts", shard=f"{i}/2") for i in (0, 1)
+    ]
+    assert [sorted(part) for part in parts] == [["Cat", "dog_2"], ["cow"]]
+    with pytest.raises(UserError, match="no subfolders"):
+        train_folders(tmp_path / "concepts" / "cow", settings, tmp_path / "none")
+
+
+def test_two_concepts_of_one_token_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("a b", "a_b"):
+        draw_concept(tmp_path / "concepts" / name)
+    with pytest.raises(UserError, match="same token"):
+        train_folders(tmp_path / "concepts", settings_for(tiny_model), tmp_path / "out")
