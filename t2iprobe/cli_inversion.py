@@ -150,8 +150,8 @@ def convert(
     """Rewrite an embedding for another program."""
     from t2iprobe.inversion.formats import convert as convert_file
 
-    convert_file(source, target, to, token)
-    print_found({"file": str(target)}, as_json, f"wrote {target}")
+    written = [str(path) for path in convert_file(source, target, to, token)]
+    print_found({"files": written}, as_json, f"wrote {', '.join(written)}")
 
 
 @inversion.command()

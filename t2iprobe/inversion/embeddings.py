@@ -24,6 +24,11 @@ class RowEmbedding(nn.Module):
         self.first = first
         self.rows = nn.ParameterList()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The vocabulary's own matrix: what asks an encoder for its width or dtype finds it."""
+        return self.vocabulary.weight
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the vectors [batch, tokens, d] of token ids [batch, tokens]."""
         known = self.vocabulary(ids.clamp(max=self.first - 1))
@@ -133,7 +138,7 @@ class Rows:
         """Return encoder name → rows [n, d] drawn from a normal with the vocabulary's mean and variance."""
         found = {}
         for name, embedding in self._embeddings.items():
-            weight = embedding.vocabulary.weight.float()
+            weight = embedding.weight.float()
             noise = torch.randn(self.tokens[token], weight.shape[1], generator=generator)
             found[name] = weight.mean(0) + weight.std(0) * noise.to(weight.device)
         return found

@@ -87,7 +87,7 @@ def _rank_by_gradient(
     matrices = {
         name: torch.stack(
             [
-                encoder.get_input_embeddings().vocabulary.weight[
+                encoder.get_input_embeddings().weight[
                     tokenizer(word, add_special_tokens=False).input_ids
                 ].float().mean(0)
                 for word in words

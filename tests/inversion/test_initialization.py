@@ -1,0 +1,98 @@
+"""Where the rows begin."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2iprobe.errors import UserError
+from t2iprobe.inversion.backbones import make_backbone
+from t2iprobe.inversion.concepts import encode_moments, load_concept
+from t2iprobe.inversion.embeddings import Rows
+from t2iprobe.inversion.initialization import initialise, list_words, nearest_words
+from t2iprobe.inversion.objective import denoising_losses, draw_inputs
+from t2iprobe.pipelines import load_pipeline
+from t2iprobe.testing import tiny_pipeline
+
+HARP = Path(__file__).parents[2] / "t2iprobe" / "assets" / "concepts" / "harp.n.01"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_random_rows_are_the_vocabularys_and_follow_the_seed(concept_folder: Path) -> None:
+    backbone = make_backbone(tiny_pipeline("sd"))
+    concept = load_concept(concept_folder, "<cat>", size=32)
+    moments = encode_moments(backbone, concept)
+    rows = Rows(backbone.encoders, {"<cat>": 500})
+    drawn = []
+    for seed in (0, 0, 1):
+        assert initialise(backbone, rows, concept, moments, "random", seed)["how"] == "random"
+        drawn.append(rows.vectors("<cat>")["clip_l"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    vocabulary = tiny_pipeline("sd").text_encoder.get_input_embeddings().weight
+    assert torch.allclose(drawn[0].mean(0), vocabulary.mean(0), atol=0.2 * float(vocabulary.std()))
+    assert float(drawn[0].std()) == pytest.approx(float(vocabulary.std()), rel=0.1)
+
+
+def test_bad_words_are_told(concept_folder: Path) -> None:
+    backbone = make_backbone(tiny_pipeline("sd"))
+    concept = load_concept(concept_folder, "<cat>", size=32)
+    rows = Rows(backbone.encoders, {"<cat>": 1})
+    moments = encode_moments(backbone, concept)
+    with pytest.raises(UserError, match="--init takes"):
+        initialise(backbone, rows, concept, moments, " , ", 0)
+    with pytest.raises(UserError, match="no whole words"):  # its tokens are bytes
+        nearest_words(backbone, rows, concept, moments)
+
+
+def test_the_nearest_word_is_the_one_that_denoises_best() -> None:
+    backbone = make_backbone(load_pipeline("embedded", dtype="float32"))
+    concept = load_concept(HARP, "<harp>", size=backbone.size, templates=["An image of a {}."])
+    moments = encode_moments(backbone, concept)
+    rows = Rows(backbone.encoders, {"<harp>": 1})
+    ranked = nearest_words(backbone, rows, concept, moments, key="model")
+    losses = [loss for _, loss in ranked]
+    assert losses == sorted(losses)
+    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "<harp>", "nearest"))
+    with torch.no_grad():
+        word, loss = ranked[3]
+        prompts = [caption.replace("<harp>", word) for caption in inputs.captions]
+        assert float(denoising_losses(backbone, [moments], [inputs], prompts).mean()) == pytest.approx(
+            loss, abs=1e-5
+        )
+    words = list_words(backbone.encoders["clip_l"][0])
+    assert len(words) > 100
+    assert set(dict(ranked)) <= set(words)
+    again = nearest_words(backbone, rows, concept, moments, key="model")  # from the cache
+    assert again == ranked
+    found = initialise(backbone, rows, concept, moments, "nearest", 0, key="model")
+    assert found["words"] == [ranked[0][0]]
+    tokenizer, encoder = backbone.encoders["clip_l"]
+    token = tokenizer(ranked[0][0], add_special_tokens=False).input_ids[0]
+    expected = encoder.get_input_embeddings().weight[token]
+    assert torch.allclose(rows.vectors("<harp>")["clip_l"][0], expected)
+
+
+@pytest.mark.slow
+def test_the_gradients_ranking_holds_good_words() -> None:
+    """Of all words of the vocabulary, exhaustively judged, one of the five best is among those looked at."""
+    backbone = make_backbone(load_pipeline("embedded", dtype="float32"))
+    concept = load_concept(HARP, "<harp>", size=backbone.size, templates=["An image of a {}."])
+    moments = encode_moments(backbone, concept)
+    rows = Rows(backbone.encoders, {"<harp>": 1})
+    looked_at = dict(nearest_words(backbone, rows, concept, moments))
+    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "<harp>", "nearest"))
+    words = list_words(backbone.encoders["clip_l"][0])
+    losses = {}
+    with torch.no_grad():
+        for start in range(0, len(words), 8):
+            part = words[start : start + 8]
+            prompts = [caption.replace("<harp>", word) for word in part for caption in inputs.captions]
+            found = denoising_losses(backbone, [moments] * len(part), [inputs] * len(part), prompts)
+            losses |= dict(zip(part, found.view(len(part), -1).mean(1).tolist(), strict=True))
+    best = sorted(words, key=losses.__getitem__)[:5]
+    assert set(best) & set(looked_at), (best, list(looked_at)[:5])
