@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Learner:
             code=settings.fixed, stratified=not published, flip=settings.flip,
         )  # fmt: skip
         self.cap = cap
+        self.decay = settings.average if settings.average is not None else 0.0 if published else 0.95
         self.step = 0
         self.seconds = self.seconds_grids = 0.0
         self.curve: list[list[float]] = []
@@ -70,18 +71,37 @@ class Learner:
 
     def begin(self) -> None:
         """Remember the parameters as they are before training."""
-        self.initial_values = [parameter.detach().clone() for parameter in self.parameters]
-        self._good = [value.clone() for value in self.initial_values]
+        self.initial_values = self._copy()
+        self.averages = self._copy()
+        self._good = self._copy()
+
+    def _copy(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
 
     @contextmanager
-    def untrained(self) -> Iterator[None]:
-        """Put the parameters back to what they were before training, for a while."""
-        trained = [parameter.detach().clone() for parameter in self.parameters]
-        self._assign(self.initial_values)
+    def _holding(self, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Put other values into the parameters, for a while."""
+        trained = self._copy()
+        self._assign(values)
         try:
             yield
         finally:
             self._assign(trained)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Put the parameters back to what they were before training, for a while."""
+        return self._holding(self.initial_values)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the running average into the parameters, for a while: what is watched, drawn and kept.
+
+        The last steps' noise is not part of what was learned (Polyak & Juditsky 1992).
+        """
+        return self._holding(self.averages)
+
+    def settle(self) -> None:
+        """Let the running average be the outcome."""
+        self._assign(self.averages)
 
     @torch.no_grad()
     def _assign(self, values: Sequence[torch.Tensor]) -> None:
@@ -114,6 +134,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        decay = min(self.decay, self.step / (10 + self.step))
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
         if self.step % LOG_STEPS == 0:
             self.train_loss.append([self.step, self._sum / LOG_STEPS])  # type: ignore[list-item]
             self._sum = torch.zeros_like(self._sum)
@@ -129,7 +151,7 @@ class Learner:
         self.train_loss = [[step, float(loss)] for step, loss in self.train_loss]
         broken = not torch.isfinite(found).all() or not all(math.isfinite(x) for _, x in self.train_loss)
         if broken:
-            self._assign(self._good)
+            self.averages = self._good
             good = int(self.curve[-1][0]) if self.curve else 0
             self.train_loss = [pair for pair in self.train_loss if math.isfinite(pair[1])]
             self.stopped = {
@@ -138,7 +160,7 @@ class Learner:
             }  # fmt: skip
             self.step = good
             return
-        self._good = [parameter.detach().clone() for parameter in self.parameters]
+        self._good = [value.clone() for value in self.averages]
         thirds = self.fixed.at(self.step).quantiles.mul(3).long().clamp(max=2)
         self.bands.append(
             [
@@ -175,6 +197,7 @@ class Learner:
         tensors = {}
         for number, parameter in enumerate(self.parameters):
             tensors[f"value.{number}"] = parameter.detach().cpu().contiguous()
+            tensors[f"average.{number}"] = self.averages[number].cpu().contiguous()
             state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 if name in state:
@@ -214,7 +237,9 @@ class Learner:
         device = self.method.backbone.device
         self.first_losses = tensors.get("first_losses")
         self._sum = tensors["sum"].to(device)
-        self._assign([tensors[f"value.{number}"] for number in range(len(self.parameters))])
+        count = range(len(self.parameters))
+        self._assign([tensors[f"value.{number}"] for number in count])
+        self.averages = [tensors[f"average.{number}"].to(device).clone() for number in count]
         for number, parameter in enumerate(self.parameters):
             if self.optimizer is not None and f"step.{number}" in tensors:
                 self.optimizer.state[parameter] = {
@@ -226,5 +251,5 @@ class Learner:
                 }
         for _, value in self.curve:
             self.stopper.update(value)
-        self._good = [parameter.detach().clone() for parameter in self.parameters]
+        self._good = [value.clone() for value in self.averages]
         return True

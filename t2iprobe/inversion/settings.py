@@ -25,6 +25,12 @@ class Training(BaseModel):
     row_rate: float | None = Field(
         None, gt=0, description="learning rate of the rows, in units of the vocabulary's root mean square"
     )
+    average: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of the running average that is watched and kept; 0: the last values",
+    )
     vectors: int = Field(1, ge=1, description="rows of the concept")
     init: str = Field("nearest", description="nearest, random, or words by commas")
     templates: str | list[str] = Field("object", description="object, style, or captions with {}")

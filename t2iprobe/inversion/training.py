@@ -9,6 +9,7 @@
 All randomness is a hash of (seed, token, step): nothing but the state needs to be kept.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -242,10 +243,14 @@ def _look(backbone: Backbone, due: Sequence[Learner]) -> None:
     inputs = [learner.fixed.at(learner.step) for learner in due]
     rows = due[0].method.rows
     prompts = [rows.expand(caption) for each in inputs for caption in each.captions]
-    losses = denoising_losses(backbone, [learner.moments for learner in due], inputs, prompts)
+    with contextlib.ExitStack() as stack:
+        for learner in due:
+            stack.enter_context(learner.averaged())
+        losses = denoising_losses(backbone, [learner.moments for learner in due], inputs, prompts)
+        scores = [_clip_score(backbone, each) if each.settings.stop == "clip" else None for each in due]
     parts = losses.split([len(each.captions) for each in inputs])
-    for learner, part in zip(due, parts, strict=True):
-        learner.look(part, _clip_score(backbone, learner) if learner.settings.stop == "clip" else None)
+    for learner, part, score in zip(due, parts, scores, strict=True):
+        learner.look(part, score)
 
 
 def _clip_score(backbone: Backbone, learner: Learner) -> float:
@@ -283,7 +288,8 @@ def _draw_grid(backbone: Backbone, learner: Learner) -> None:
     prompts = grid_prompts(learner.concept, settings.grid)
     seeds = list(range(settings.grid))
     expanded = [learner.method.rows.expand(prompt) for prompt in prompts]
-    pictures = draw_pictures(backbone, expanded, seeds, settings.steps, settings.guidance)
+    with learner.averaged():
+        pictures = draw_pictures(backbone, expanded, seeds, settings.steps, settings.guidance)
     folder = learner.out / "grids" / f"step_{learner.step:06}"
     with explain_full_disk(learner.out):
         files = write_pictures(folder, pictures)
@@ -297,6 +303,7 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
     """Write everything that a finished training leaves."""
     assert learner.stopped is not None
     settings, token = learner.settings, learner.concept.token
+    learner.settle()
     _draw_grid(backbone, learner)
     metadata = {
         "base_model": settings.model,
