@@ -278,7 +278,8 @@ def render(rows: list[dict], seeds: int) -> str:
     lines += [
         "## Where plateau does not dominate",
         "",
-        f"Rows where a published setting is right more often by {_percent(NEAR)} points or more:",
+        f"Rows where a published setting is right more often by {_percent(NEAR)} points or more (where the "
+        "jitter is large and the fall slow, because it never stops and the cap happens to be right):",
         "",
         "| shape | jitter | plateau: right (early / late / never) | right more often |",
         "|---|---|--:|---|",
