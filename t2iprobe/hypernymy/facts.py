@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from t2iprobe.hypernymy.views import correlate_ranks
+from t2iprobe.pages import flatten, name_classifier, write_value
 
 Results = Mapping[str, Any]
 
@@ -48,11 +49,6 @@ def complete(results: Results) -> dict[str, Any]:
         **results,
         "classifiers": {name_classifier(name): value for name, value in classifiers.items()},
     }
-
-
-def name_classifier(name: str) -> str:
-    """Return a classifier's name for people."""
-    return "EfficientNet-Lite0" if name == "embedded" else name
 
 
 def name_scheduler(scheduler: Any) -> str:
@@ -148,30 +144,6 @@ def list_settings(results: Results) -> list[tuple[str, str]]:
     configuration = results["configuration"]
     unused = DRAWING if "folder" in configuration else ()
     return flatten({key: value for key, value in configuration.items() if key not in unused})
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as (dotted name, text) pairs."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            pairs += flatten(value, f"{name}.")
-        else:
-            pairs.append((name, write_value(value)))
-    return pairs
-
-
-def write_value(value: Any) -> str:
-    """Return a setting as text; a long list as its length."""
-    if isinstance(value, list | tuple):
-        texts = [write_value(item) for item in value]
-        return f"{len(texts)} in all" if len(texts) > 12 else ", ".join(texts) or "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {write_value(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "not set" if value is None else str(value)
 
 
 def write_command(results: Results) -> str:

@@ -14,6 +14,7 @@ from scipy.special import softmax
 from t2iprobe.classifiers import EMBEDDED, load_classifier
 from t2iprobe.devices import inference_context, resolve_device
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.pages import name_classifier
 
 if TYPE_CHECKING:
     from t2iprobe.classifiers import Classifier
@@ -49,7 +50,7 @@ class ClassifierFeatures:
     """What the last layer of the packaged classifier reads: no network and no package more, but no texts."""
 
     def __init__(self, classifier: "Classifier") -> None:
-        self.name = "EfficientNet-Lite0" if classifier.name == EMBEDDED else classifier.name
+        self.name = name_classifier(classifier.name)
         self.classifier = classifier
 
     def pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -57,6 +57,44 @@ def format_times(value: float | None) -> str:
     return f"×{value:.0f}" if value >= 9.95 else f"×{value:.1f}" if value >= 0.95 else f"×{value:.2f}"
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a duration as ``0.4 s``, ``42 s``, ``3 min 20 s`` or ``1 h 5 min``."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def name_classifier(name: str) -> str:
+    """Return a classifier's name for people."""
+    return "EfficientNet-Lite0" if name == "embedded" else name
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, text) pairs."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            pairs += flatten(value, f"{name}.")
+        else:
+            pairs.append((name, write_value(value)))
+    return pairs
+
+
+def write_value(value: Any) -> str:
+    """Return a setting as text; a long list as its length."""
+    if isinstance(value, list | tuple):
+        texts = [write_value(item) for item in value]
+        return f"{len(texts)} in all" if len(texts) > 12 else ", ".join(texts) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {write_value(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
+
+
 def embed_json(data: Any) -> Markup:
     """Return `data` as JSON that is safe inside a ``<script type="application/json">`` element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -83,6 +121,7 @@ def environment() -> Environment:
         "interval": format_interval,
         "p": format_p,
         "times": format_times,
+        "seconds": format_seconds,
         "signed": format_signed,
         "signed_interval": format_signed_interval,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],

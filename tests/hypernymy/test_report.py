@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 from dataclasses import replace
-from html.parser import HTMLParser
 from importlib.resources import files
 from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
 import pytest
+from page_checks import Page, check_page
 from report_example import encode_pictures, make_results, make_run, render_example
 
 from t2iprobe.config import dump_study, load_study, parse_settings
@@ -39,48 +39,7 @@ from t2iprobe.pages import (
 from t2iprobe.pages.thumbnails import make_strips
 
 FEW = ["dog.n.01", "bird.n.01", "insect.n.01", "acarine.n.01", "entity.n.01", "spacecraft.n.01"]
-VOID = {"meta", "link", "br", "img", "input", "hr", "rect", "line", "circle", "path", "col"}
 SCHEMA = json.loads((files("t2iprobe.pages") / "results.schema.json").read_text(encoding="utf-8"))
-
-
-class Page(HTMLParser):
-    """Reads a page: its problems, ids, attributes, texts by id, and the contents of its scripts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.problems, self.ids, self.attributes, self.open = [], [], [], []
-        self.texts, self.scripts, self.tags = {}, {}, []
-        self.feed(text)
-        self.close()
-        self.problems += [f"never closed: {tag}" for tag, _ in self.open]
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        self.attributes += [(tag, name, value) for name, value in attributes.items()]
-        if "id" in attributes:
-            self.ids.append(attributes["id"])
-        if tag not in VOID:
-            self.open.append((tag, attributes.get("id")))
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag in VOID:
-            return
-        if not self.open or self.open[-1][0] != tag:
-            self.problems.append(f"</{tag}> at {self.getpos()} closes {self.open[-1:]}")
-        else:
-            self.open.pop()
-
-    def handle_data(self, data):
-        for tag, id in self.open:
-            if id:
-                kept = self.scripts if tag == "script" else self.texts
-                kept[id] = kept.get(id, "") + data
 
 
 @pytest.fixture(scope="module")
@@ -95,30 +54,6 @@ def runs(tmp_path_factory):
     a = make_run(folder / "a", FEW)
     b = make_run(folder / "b", FEW[:5], logits_seed=7, model="other", samples=3)
     return a, b
-
-
-def check_page(text):
-    page = Page(text)
-    assert page.problems == []
-    assert len(page.ids) == len(set(page.ids))
-    for tag, name, value in page.attributes:
-        if name in ("src", "srcset", "data", "poster", "action") or (tag == "link" and name == "href"):
-            assert value.startswith("data:"), (tag, name, value[:80])
-        assert not name.startswith("on"), (tag, name)
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|sendBeacon|WebSocket", text)
-    assert "default-src 'none'" in text
-    targets = {value[1:] for tag, name, value in page.attributes if tag == "a" and value.startswith("#")}
-    known = set(page.ids) | set(json.loads(page.scripts["data"])["synsets"])
-    assert targets <= known
-    for tag, attributes in page.tags:
-        if tag == "img":
-            assert attributes["alt"]
-        if tag == "th":
-            assert attributes["scope"] in ("row", "col")
-    described = [a[key] for _, a in page.tags for key in ("aria-labelledby", "aria-controls") if key in a]
-    assert set(" ".join(described).split()) <= set(page.ids) | {"sheet-title"}  # the script makes that one
-    assert [tag for tag, _ in page.tags].count("h1") == 1
-    return page
 
 
 def test_page_is_one_wellformed_file_that_loads_nothing(example):

@@ -1,0 +1,315 @@
+"""The report page of one training, from its training.json and its pictures."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t2iprobe import __version__
+from t2iprobe.inversion.stopping import make_stopper
+from t2iprobe.pages import SCALE, charts, flatten, format_seconds, render_page
+from t2iprobe.pages.thumbnails import join_pictures
+
+Training = Mapping[str, Any]  # what training.json holds (see pages/training.schema.json)
+
+SECTIONS = (
+    ("overview", "In short"),
+    ("stopping", "When it stopped"),
+    ("pictures", "Pictures"),
+    ("evaluation", "Before and after"),
+    ("use", "How to use it"),
+    ("settings", "How to repeat it"),
+    ("definitions", "What it means"),
+)
+METHODS = {
+    "textual-inversion": "Textual inversion",
+    "dreambooth-lora": "DreamBooth-LoRA",
+    "custom-diffusion": "Custom Diffusion",
+}
+#: Rule → the chart of what it decides by: title, text, y axis; and the attribute that is its threshold.
+STATISTICS = {
+    "plateau": (
+        "What could still be gained",
+        "By another stretch of training, at most, as a share of what was gained so far.",
+        "share",
+        "share",
+    ),
+    "dvar": (
+        "Variance of the window, by that of all",
+        "The published ratio: how much the last losses vary, beside all of them.",
+        "ratio",
+        "eps",
+    ),
+    "clip": (
+        "Checks without a better likeness",
+        "How many checks in a row were no better than the best by a margin.",
+        "checks",
+        "patience",
+    ),
+}
+TRAINED = {
+    "textual-inversion": "{} beside its vocabulary",
+    "dreambooth-lora": "adapters in its denoiser’s attention; {} beside its vocabulary, which did not train",
+    "custom-diffusion": "{} beside its vocabulary, and the keys and values of its denoiser’s cross-attention",
+}
+BANDS = ("little noise", "middling", "much noise")
+MEASURES = {
+    "likeness": "Likeness to the concept’s pictures",
+    "obedience": "Obedience to new prompts",
+    "diversity": "Diversity",
+}
+MOST_GRIDS = 8
+MOST_PICTURES = 12
+SIDE = 192  # pixels of a picture on the page
+#: The x axis ends behind the stop, for its label.
+BEYOND = 1.12
+
+
+def render(training: Training, folder: Path) -> str:
+    """Return the report of a training in `folder` as one HTML text."""
+    return render_page(
+        "training_report.html",
+        version=__version__,
+        title=f"{training['token']}: {name_method(training['method']).lower()}",
+        sections=[pair for pair in SECTIONS if pair[0] != "evaluation" or training["evaluation"]],
+        training=training,
+        method=name_method(training["method"]),
+        model=name_model(training["model"]),
+        trained=describe_trained(training),
+        seconds=format_seconds(training["seconds"]),
+        seconds_grids=format_seconds(training["seconds_grids"]),
+        change=measure_fall(training["curve"]),
+        plots=draw_plots(training),
+        curve_rows=join_curves(training),
+        concept=load_pictures(training["pictures"][:MOST_PICTURES], folder),
+        grids=load_grids(training["grids"], folder),
+        measures=[
+            (label, training["evaluation"][key])
+            for key, label in MEASURES.items()
+            if training["evaluation"] and training["evaluation"][key]
+        ],
+        usage=write_usage(training, folder),
+        conversions=write_conversions(training, folder),
+        command=write_command(training),
+        settings=flatten(training["settings"]),
+        identity=[("model", training["model_hash"])],
+        versions=flatten(training["versions"]),
+        data={"scale": SCALE, "runs": [], "synsets": {}},
+        strips=[],
+    )
+
+
+def name_method(method: str) -> str:
+    """Return a method's name for people."""
+    return METHODS.get(method, method)
+
+
+def name_model(model: str) -> str:
+    """Return a model's name within a sentence."""
+    return "the embedded model" if model == "embedded" else model
+
+
+def describe_trained(training: Training) -> str:
+    """Return what a training added to its model."""
+    count = training["vectors"]
+    rows = "one vector" if count == 1 else f"{count} vectors"
+    return TRAINED.get(training["method"], "{}").format(rows)
+
+
+def measure_fall(curve: Sequence[Sequence[float]]) -> float | None:
+    """Return by what share of its first value the watched loss fell, at the mean of its last tenth."""
+    values = [value for _, value in curve]
+    if len(values) < 2 or not values[0]:
+        return None
+    last = values[-max(1, len(values) // 10) :]
+    return 1 - sum(last) / len(last) / values[0]
+
+
+def divide_by_first(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """Return points whose y is divided by the first that there is."""
+    first = next((y for _, y in points if y), None)
+    return [(x, None if y is None or first is None else y / first) for x, y in points]
+
+
+def draw_plots(training: Training) -> list[dict[str, Any]]:
+    """Return the charts: {id, title, text, label, threshold, plot}, without those that have no number."""
+    watched = {"watched": training["curve"]}
+    if training["stop"]["rule"] == "clip":
+        first = ("Likeness", "Mean cosine of drawn pictures with the concept’s, at every check.", "cosine")
+    else:
+        text = (
+            "The loss of the same inputs with the same noise, at every check. Its axis does not begin at 0."
+        )
+        first = ("The watched loss", text, "loss")
+    bands = {
+        name: divide_by_first([(row[0], row[column]) for row in training["bands"]])
+        for column, name in enumerate(BANDS, start=1)
+    }
+    noise = "The watched loss in three thirds of the noise levels, each by its own first value."
+    trained = "Running mean over the steps. Its noise hides what is learnt, so no rule looks at it."
+    found = [_draw_plot(training, "curve", first, watched)]
+    if training["stop"]["rule"] in STATISTICS:
+        texts = STATISTICS[training["stop"]["rule"]][:3]
+        series = {"statistic": training["statistic"]}
+        found.append(_draw_plot(training, "statistic", texts, series, find_threshold(training)))
+    found.append(_draw_plot(training, "bands", ("By amount of noise", noise, "loss, first = 1"), bands))
+    losses = {"loss": training["train_loss"]}
+    found.append(_draw_plot(training, "trained", ("The loss that is trained on", trained, "loss"), losses))
+    return [chart for chart in found if any(line["path"] for line in chart["plot"]["lines"])]
+
+
+def _draw_plot(
+    training: Training,
+    id: str,
+    texts: tuple[str, str, str],
+    series: Mapping[str, charts.Points],
+    threshold: tuple[float, str] | None = None,
+) -> dict[str, Any]:
+    plot = charts.plot_lines(
+        series,
+        last_x=BEYOND * max(1, training["steps"]),
+        include=[threshold[0]] if threshold else [],
+        width=310.0 if len(series) > 1 else 370.0,
+    )
+    title, text, label = texts
+    return {"id": id, "title": title, "text": text, "label": label, "threshold": threshold, "plot": plot}
+
+
+def find_threshold(training: Training) -> tuple[float, str] | None:
+    """Return at which value of its statistic the rule stops, and that as a text; None where it has none."""
+    rule = training["stop"]["rule"]
+    *_, name = STATISTICS[rule]
+    value = getattr(make_stopper(rule, training["method"]).stopper, name)
+    return value, f"stops {'above' if rule == 'clip' else 'below'} {value:g}"
+
+
+def join_curves(training: Training, most: int = 40) -> list[dict[str, Any]]:
+    """Return about `most` rows of the charts' numbers: {step, loss, statistic, bands}."""
+    statistic = dict(training["statistic"])
+    bands = {row[0]: row[1:] for row in training["bands"]}
+    return [
+        {"step": step, "loss": loss, "statistic": statistic.get(step), "bands": bands.get(step, [None] * 3)}
+        for step, loss in charts.thin(training["curve"], most)
+    ]
+
+
+def load_pictures(files: Sequence[str], folder: Path) -> list[str]:
+    """Return data URIs of the pictures that are there: in `folder`, or where the training found them."""
+    places = ([folder / file, Path(file)] for file in files)
+    paths = [next((path for path in pair if path.is_file()), None) for pair in places]
+    return [join_pictures([path], SIDE).uri for path in paths if path is not None]
+
+
+def choose_evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most `most` items, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def load_grids(grids: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Return {step, prompts, pictures} of the grids at chosen steps whose pictures are there."""
+    loaded = [
+        {"step": grid["step"], "prompts": grid["prompts"], "pictures": load_pictures(grid["files"], folder)}
+        for grid in choose_evenly(grids, MOST_GRIDS)
+    ]
+    return [grid for grid in loaded if grid["pictures"] and len(grid["pictures"]) == len(grid["prompts"])]
+
+
+def write_usage(training: Training, folder: Path) -> str:
+    """Return the lines of Python that load what was trained into diffusers and draw with it."""
+    token, files = training["token"], set(training.get("files", ["learned_embeds.safetensors"]))
+    model = json.dumps(training["model"])
+    if training["model"] == "embedded":
+        lines = ["from t2iprobe.pipelines import load_pipeline", "", f"pipe = load_pipeline({model})"]
+    else:
+        lines = ["from diffusers import AutoPipelineForText2Image", ""]
+        lines += [f"pipe = AutoPipelineForText2Image.from_pretrained({model})"]
+    if "pytorch_lora_weights.safetensors" in files:
+        lines.append('pipe.load_lora_weights("OUT", weight_name="pytorch_lora_weights.safetensors")')
+    if "pytorch_custom_diffusion_weights.safetensors" in files:
+        name = "pytorch_custom_diffusion_weights.safetensors"
+        lines.append(f'pipe.unet.load_attn_procs("OUT", weight_name="{name}")')
+    if "learned_embeds.safetensors" in files:
+        lines += _write_loading(token, is_of_two_encoders(folder))
+    prompt = json.dumps(f"a photo of a {token}")
+    return "\n".join([*lines, f'pipe({prompt}).images[0].save("picture.png")'])
+
+
+def _write_loading(token: str, two_encoders: bool) -> list[str]:
+    name = json.dumps(token)
+    if not two_encoders:
+        return [f'pipe.load_textual_inversion("OUT/learned_embeds.safetensors", token={name})']
+    encoders = {"clip_l": "", "clip_g": "_2"}
+    return [
+        "from safetensors.torch import load_file",
+        "",
+        'rows = load_file("OUT/learned_embeds.safetensors")',
+        *(
+            f'pipe.load_textual_inversion(rows["{key}"], token={name}, '
+            f"tokenizer=pipe.tokenizer{end}, text_encoder=pipe.text_encoder{end})"
+            for key, end in encoders.items()
+        ),
+    ]
+
+
+def is_of_two_encoders(folder: Path) -> bool:
+    """Tell whether the rows in a training's folder are of SDXL's two text encoders."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "learned_embeds.safetensors", "np") as file:
+            return {"clip_l", "clip_g"} <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_conversions(training: Training, folder: Path) -> list[dict[str, str]]:
+    """Return for each user interface {where, command, prompt}: how it gets what was trained."""
+    if training["method"] == "custom-diffusion":
+        return []  # its keys and values have a form in diffusers only
+    name = "".join(letter for letter in training["token"] if letter.isalnum() or letter in "-_") or "concept"
+    form = "sdxl" if is_of_two_encoders(folder) else "a1111"
+    rows = [("A1111, Forge", "embeddings", name), ("ComfyUI", "models/embeddings", f"embedding:{name}")]
+    found = [
+        {
+            "where": where,
+            "command": f"t2iprobe inversion convert OUT/learned_embeds.safetensors "
+            f"{target}/{name}.safetensors --to {form}",
+            "prompt": f"a photo of a {word}",
+        }
+        for where, target, word in rows
+    ]
+    if training["method"] == "dreambooth-lora":
+        lora = "OUT/pytorch_lora_weights.safetensors"
+        for entry, target, more in zip(
+            found, ("models/Lora", "models/loras"), (f" <lora:{name}:1>", ", with a LoRA loader"), strict=True
+        ):
+            entry["command"] += f"\nt2iprobe inversion convert {lora} {target}/{name}.safetensors --to kohya"
+            entry["prompt"] += more
+    return found
+
+
+def write_command(training: Training) -> str:
+    """Return the command that repeats the training: what differs from the default settings of its model."""
+    settings = dict(training["settings"])
+    folder = str(Path(training["pictures"][0]).parent) if training["pictures"] else "DIR"
+    parts = ["t2iprobe", "inversion", "train", folder, "--token", training["token"]]
+    for key in ("model", "method", "stop", "max_steps", "seed"):
+        if settings.get(key) is not None:
+            parts += [f"--{key.replace('_', '-')}", str(settings.pop(key))]
+    return shlex.join([*parts, *list_changes(settings, training["model"]), "--out", "OUT"])
+
+
+def list_changes(settings: Mapping[str, Any], model: str) -> list[str]:
+    """Return ``--set key=value`` for each of the settings that is not a model's default."""
+    from t2iprobe.inversion.commands import load_training
+
+    defaults = load_training({"model": model}).model_dump()
+    changed = {key: value for key, value in settings.items() if value != defaults.get(key)}
+    return [
+        part
+        for key, value in changed.items()
+        for part in ("--set", f"{key}={json.dumps(value, ensure_ascii=False)}")
+    ]
