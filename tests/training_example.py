@@ -90,7 +90,7 @@ def make_training(folder, steps=410, every=10, evaluation=True, grids=(0, 50, 10
         "seconds_grids": 9.1,
         "initial": {"how": "nearest", "words": ["violin"]},
         "pictures": [str(folder / name) for name in write_pictures(folder, "../concept/", 4, 5)],
-        "files": ["learned_embeds.safetensors"],
+        "files": ["learned_embeds.safetensors", "harp.safetensors"],
         "grids": [
             {
                 "step": step,

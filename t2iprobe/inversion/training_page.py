@@ -48,6 +48,8 @@ STATISTICS = {
         "patience",
     ),
 }
+LORA = "pytorch_lora_weights.safetensors"
+CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
 TRAINED = {
     "textual-inversion": "{} beside its vocabulary",
     "dreambooth-lora": "adapters in its denoiser’s attention; {} beside its vocabulary, which did not train",
@@ -89,8 +91,8 @@ def render(training: Training, folder: Path) -> str:
             for key, label in MEASURES.items()
             if training["evaluation"] and training["evaluation"][key]
         ],
-        usage=write_usage(training, folder),
-        conversions=write_conversions(training, folder),
+        usage=write_usage(training),
+        interfaces=list_interfaces(training),
         command=write_command(training),
         settings=flatten(training["settings"]),
         identity=[("model", training["model_hash"])],
@@ -217,77 +219,58 @@ def load_grids(grids: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[st
     return [grid for grid in loaded if grid["pictures"] and len(grid["pictures"]) == len(grid["prompts"])]
 
 
-def write_usage(training: Training, folder: Path) -> str:
+def write_usage(training: Training) -> str:
     """Return the lines of Python that load what was trained into diffusers and draw with it."""
-    token, files = training["token"], set(training.get("files", ["learned_embeds.safetensors"]))
+    token, files = json.dumps(training["token"]), training["files"]
     model = json.dumps(training["model"])
     if training["model"] == "embedded":
         lines = ["from t2iprobe.pipelines import load_pipeline", "", f"pipe = load_pipeline({model})"]
     else:
         lines = ["from diffusers import AutoPipelineForText2Image", ""]
         lines += [f"pipe = AutoPipelineForText2Image.from_pretrained({model})"]
-    if "pytorch_lora_weights.safetensors" in files:
-        lines.append('pipe.load_lora_weights("OUT", weight_name="pytorch_lora_weights.safetensors")')
-    if "pytorch_custom_diffusion_weights.safetensors" in files:
-        name = "pytorch_custom_diffusion_weights.safetensors"
-        lines.append(f'pipe.unet.load_attn_procs("OUT", weight_name="{name}")')
-    if "learned_embeds.safetensors" in files:
-        lines += _write_loading(token, is_of_two_encoders(folder))
-    prompt = json.dumps(f"a photo of a {token}")
+    if LORA in files:
+        lines.append(f'pipe.load_lora_weights("OUT", weight_name="{LORA}")')
+    if CUSTOM_DIFFUSION in files:
+        lines.append(f'pipe.unet.load_attn_procs("OUT", weight_name="{CUSTOM_DIFFUSION}")')
+    if find_interface_file(training) is None:  # LDM: diffusers has no loader for it
+        lines.insert(0, "from t2iprobe.inversion.formats import load_into, read_embedding")
+        lines.append('load_into(pipe, read_embedding("OUT/learned_embeds.safetensors")[0])')
+    else:
+        rows = [name for name in files if name.startswith("learned_embeds")]
+        ends = ["", *(f"_{number}" for number in range(2, len(rows) + 1))]
+        for name, end in zip(rows, ends, strict=True):
+            where = (
+                f", tokenizer=pipe.tokenizer{end}, text_encoder=pipe.text_encoder{end}" if rows[1:] else ""
+            )
+            lines.append(f'pipe.load_textual_inversion("OUT/{name}", token={token}{where})')
+    prompt = json.dumps(f"a photo of a {training['token']}")
     return "\n".join([*lines, f'pipe({prompt}).images[0].save("picture.png")'])
 
 
-def _write_loading(token: str, two_encoders: bool) -> list[str]:
-    name = json.dumps(token)
-    if not two_encoders:
-        return [f'pipe.load_textual_inversion("OUT/learned_embeds.safetensors", token={name})']
-    encoders = {"clip_l": "", "clip_g": "_2"}
-    return [
-        "from safetensors.torch import load_file",
-        "",
-        'rows = load_file("OUT/learned_embeds.safetensors")',
-        *(
-            f'pipe.load_textual_inversion(rows["{key}"], token={name}, '
-            f"tokenizer=pipe.tokenizer{end}, text_encoder=pipe.text_encoder{end})"
-            for key, end in encoders.items()
-        ),
-    ]
+def find_interface_file(training: Training) -> str | None:
+    """Return the file of rows that user interfaces load, named as the token; None where none can."""
+    others = (name for name in training["files"] if not name.startswith(("learned_embeds", "pytorch_")))
+    return next(others, None)
 
 
-def is_of_two_encoders(folder: Path) -> bool:
-    """Tell whether the rows in a training's folder are of SDXL's two text encoders."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / "learned_embeds.safetensors", "np") as file:
-            return {"clip_l", "clip_g"} <= set(file.keys())
-    except (OSError, SafetensorError):
-        return False
-
-
-def write_conversions(training: Training, folder: Path) -> list[dict[str, str]]:
-    """Return for each user interface {where, command, prompt}: how it gets what was trained."""
-    if training["method"] == "custom-diffusion":
-        return []  # its keys and values have a form in diffusers only
-    name = "".join(letter for letter in training["token"] if letter.isalnum() or letter in "-_") or "concept"
-    form = "sdxl" if is_of_two_encoders(folder) else "a1111"
-    rows = [("A1111, Forge", "embeddings", name), ("ComfyUI", "models/embeddings", f"embedding:{name}")]
-    found = [
-        {
-            "where": where,
-            "command": f"t2iprobe inversion convert OUT/learned_embeds.safetensors "
-            f"{target}/{name}.safetensors --to {form}",
-            "prompt": f"a photo of a {word}",
-        }
-        for where, target, word in rows
-    ]
-    if training["method"] == "dreambooth-lora":
-        lora = "OUT/pytorch_lora_weights.safetensors"
-        for entry, target, more in zip(
-            found, ("models/Lora", "models/loras"), (f" <lora:{name}:1>", ", with a LoRA loader"), strict=True
-        ):
-            entry["command"] += f"\nt2iprobe inversion convert {lora} {target}/{name}.safetensors --to kohya"
+def list_interfaces(training: Training) -> list[dict[str, str]]:
+    """Return for each user interface {where, commands, prompt}: how it gets what was trained."""
+    file = find_interface_file(training)
+    if file is None or CUSTOM_DIFFUSION in training["files"]:
+        return []
+    name = Path(file).stem
+    rows = (
+        ("A1111, Forge", "embeddings", name, "models/Lora", f" <lora:{name}-lora:1>"),
+        ("ComfyUI", "models/embeddings", f"embedding:{name}", "models/loras", ", with a LoRA loader"),
+    )
+    found = []
+    for where, embeddings, word, loras, more in rows:
+        entry = {"where": where, "commands": f"cp OUT/{file} {embeddings}/", "prompt": f"a photo of a {word}"}
+        if LORA in training["files"]:
+            converted = f"{loras}/{name}-lora.safetensors"
+            entry["commands"] += f"\nt2iprobe inversion convert OUT/{LORA} {converted} --to kohya"
             entry["prompt"] += more
+        found.append(entry)
     return found
 
 

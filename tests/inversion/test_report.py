@@ -163,36 +163,57 @@ def test_the_training_command_is_one_that_the_program_takes(trained):
     assert (parsed.params["token"], parsed.params["seed"]) == (TOKEN, 3)
 
 
-@pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
-def test_usage_is_python_that_loads_every_file(trained, method):
-    stored = {
-        "textual-inversion": [],
-        "dreambooth-lora": ["pytorch_lora_weights.safetensors"],
-        "custom-diffusion": ["pytorch_custom_diffusion_weights.safetensors"],
-    }[method]
-    training = {**trained.training, "method": method, "files": [*stored, "learned_embeds.safetensors"]}
-    lines = training_page.write_usage({**training, "model": "org/model"}, trained.folder)
+@pytest.mark.parametrize(
+    ("method", "files"),
+    [
+        ("textual-inversion", ["learned_embeds.safetensors"]),
+        ("textual-inversion", ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]),
+        ("dreambooth-lora", [training_page.LORA, "learned_embeds.safetensors"]),
+        ("custom-diffusion", [training_page.CUSTOM_DIFFUSION, "learned_embeds.safetensors"]),
+    ],
+)
+def test_usage_is_python_that_loads_every_file(trained, method, files):
+    training = {**trained.training, "method": method, "files": [*files, "harp.safetensors"]}
+    lines = training_page.write_usage({**training, "model": "org/model"})
 
     compile(lines, "usage", "exec")
-    assert all(name in lines for name in training["files"])
+    assert all(name in lines for name in files)
+    assert ("text_encoder_2" in lines) == ("learned_embeds_2.safetensors" in files)
     assert 'from_pretrained("org/model")' in lines
-    conversions = training_page.write_conversions(training, trained.folder)
-    assert len(conversions) == (0 if method == "custom-diffusion" else 2)
-    assert all(("_lora_" in entry["command"]) == (method == "dreambooth-lora") for entry in conversions)
+    interfaces = training_page.list_interfaces(training)
+    page = check_page(training_page.render({**training, "grids": []}, trained.folder))
+    assert all(line in page.texts["use"] for entry in interfaces for line in entry["commands"].split("\n"))
+    assert len(interfaces) == (0 if method == "custom-diffusion" else 2)
+    assert all(("--to kohya" in entry["commands"]) == (method == "dreambooth-lora") for entry in interfaces)
+    assert all(entry["commands"].startswith("cp OUT/harp.safetensors ") for entry in interfaces)
 
 
-def test_rows_of_two_encoders_are_loaded_into_each(trained, tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
-    save_file(
-        {"clip_l": torch.zeros(1, 8), "clip_g": torch.zeros(1, 9)}, tmp_path / "learned_embeds.safetensors"
-    )
-    lines = training_page.write_usage(trained.training, tmp_path)
+def test_a_model_without_a_loader_gets_ours(trained):
+    training = {**trained.training, "files": ["learned_embeds.safetensors"]}
+    lines = training_page.write_usage(training)
 
     compile(lines, "usage", "exec")
-    assert 'rows["clip_g"], token="<harp>", tokenizer=pipe.tokenizer_2' in lines
-    assert "--to sdxl" in training_page.write_conversions(trained.training, tmp_path)[0]["command"]
+    assert "load_into(pipe" in lines
+    assert training_page.list_interfaces(training) == []
+
+
+def test_the_written_lines_draw(tmp_path, tiny_model):
+    """A row that a training wrote, loaded by the page's own lines."""
+    import torch
+
+    from t2iprobe.inversion.formats import Embedding, write_embedding
+
+    rows = {"clip_l": torch.randn(2, 32)}
+    written = write_embedding(
+        tmp_path / "learned_embeds.safetensors", Embedding(TOKEN, rows, {}), "diffusers"
+    )
+    training = make_training(tmp_path, grids=(), model=str(tiny_model), vectors=2)
+    lines = training_page.write_usage(training).replace("OUT", str(tmp_path))
+    lines = lines.replace("picture.png", str(tmp_path / "drawn.png"))
+    exec(lines.replace(f'"a photo of a {TOKEN}"', f'"a photo of a {TOKEN}", num_inference_steps=1'))
+
+    assert [path.name for path in written] == ["learned_embeds.safetensors"]
+    assert (tmp_path / "drawn.png").stat().st_size > 100
 
 
 def test_numbers_in_the_teaching_page_are_those_of_its_json(taught):
