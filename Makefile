@@ -6,12 +6,18 @@ BIN := $(VENV)/bin
 OUT ?= runs/embedded
 SAMPLES ?= 4
 
-.PHONY: probe test slow check format browser clean
+.PHONY: probe teach test slow check format browser clean
 
 probe: $(VENV)/installed  ## draw, judge and report all 860 synsets with the packaged model; continues if cut off
 	@mkdir -p $(dir $(OUT))
 	$(BIN)/t2iprobe hypernymy run --model embedded --samples $(SAMPLES) --out $(OUT)
 	@echo "The report: $(OUT)/report.html"
+
+teach: $(VENV)/installed  ## teach the words that the packaged model never saw, by three methods, and probe them again
+	@mkdir -p runs
+	$(BIN)/t2iprobe hypernymy run concepts --out runs/concepts
+	$(BIN)/t2iprobe inversion teach runs/concepts --method all --out runs/taught
+	@echo "The report: runs/taught/report.html"
 
 test: $(VENV)/installed  ## the quick tests, without network
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not browser"

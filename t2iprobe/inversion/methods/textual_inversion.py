@@ -16,4 +16,4 @@ class TextualInversion(Method):
     shares_pass = True
     max_steps = 6100
     rate = 0.0
-    row_rate = 0.1
+    row_rate = 0.05
