@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_example import make_run, render_example
+from training_example import make_teaching, make_training
 
 from t2iprobe.hypernymy.report import write_comparison
+from t2iprobe.inversion.report import write_report as write_training_report
+from t2iprobe.inversion.report import write_teaching_report
 
 pytestmark = pytest.mark.browser
 
@@ -407,3 +410,25 @@ def test_comparison_page(browser, tmp_path):
         "other",
     ]
     assert len(find_all(page, "#sheet .tile img")) == 8
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_training_and_teaching_pages(browser, tmp_path, dark):
+    make_training(tmp_path / "training")
+    results = make_teaching(tmp_path / "teaching")
+    training = write_training_report(tmp_path / "training").as_uri()
+    teaching = write_teaching_report(tmp_path / "teaching").as_uri()
+    for address in (training, teaching):
+        page = open_page(browser, address, width=360, dark=dark)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+        page = open_page(browser, address, dark=dark)
+        ratios = page.execute_script(CONTRAST)
+        assert len(ratios) > 80
+        assert [r for r in ratios if r[0] < 4.5][:5] == []
+        assert count_colours(take_screenshot(page, find(page, ".chart svg"))) > 10
+    button = find(page, "#number-table thead th:nth-child(4) button")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+    button.click()
+    shown = [row.text.split()[0] for row in find_all(page, "#number-table tbody th")]
+    ordered = sorted(results["words"], key=lambda row: -row["after"]["value"])
+    assert shown == [row["word"].split()[0] for row in ordered]
