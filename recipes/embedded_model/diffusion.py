@@ -124,7 +124,11 @@ def train_diffusion(
     labels = pictures["labels"]
     synsets = sorted(set(labels))
     members = [[i for i, label in enumerate(labels) if label == synset] for synset in synsets]
-    tokenizer = train_tokenizer(synsets, work / "tokenizer", seed)
+    # Learned once: ties between merges fall differently in each call, and the rows of its tokens are trained.
+    if (work / "tokenizer" / "tokenizer.json").exists():
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(synsets, work / "tokenizer", seed)
     vae = load_autoencoder(work / "autoencoder.pt")
     latents = normalise_latents(vae, encode_views(vae, pictures, seed)).to(place)
     torch.save(vae.state_dict(), work / "vae.pt")
@@ -199,7 +203,7 @@ def train_diffusion(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--steps", type=int, default=11_000)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     train_diffusion(

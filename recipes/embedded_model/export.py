@@ -26,7 +26,7 @@ def export_pipeline(work: Path, folder: Path, weights: str = "ema") -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     trained = torch.load(work / "diffusion.pt", weights_only=True)[weights]
     parts = {"unet": build_unet(), "text": build_text_encoder(tokenizer), "vae": build_autoencoder()}
-    parts["vae"].load_state_dict(torch.load(work / "vae_polished.pt", weights_only=True))
+    parts["vae"].load_state_dict(torch.load(work / "vae.pt", weights_only=True))
     for name in ("unet", "text"):
         parts[name].load_state_dict(
             {
