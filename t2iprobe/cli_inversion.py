@@ -88,12 +88,13 @@ def train(
             plan = plan_training(folder, token, chosen, skip_bad=skip_bad)
             print_found(plan, as_json, _describe_plan(plan))
             return
+        before = "done before: " if (out / "training.json").exists() else ""
         with progress_bar("steps") as progress:
             outcome = train_folder(folder, token, chosen, out, skip_bad=skip_bad, progress=progress)
     except KeyboardInterrupt:
         print(f"t2iprobe: stopped: the same command continues from the state in {out}", file=sys.stderr)
         sys.exit(130)
-    print_found(outcome, as_json, describe_outcome(outcome, out))
+    print_found(outcome, as_json, before + describe_outcome(outcome, out))
 
 
 def describe_outcome(outcome: dict[str, Any], out: Path) -> str:
@@ -105,11 +106,9 @@ def describe_outcome(outcome: dict[str, Any], out: Path) -> str:
         f"{'files':24} {', '.join(str(out / name) for name in outcome['files'])}",
         f"{'report':24} {out / 'report.html'}",
     ]
-    found = outcome["evaluation"] or {}
-    for name in ("likeness", "obedience", "diversity"):
-        if name in found:
-            value, before = found[name]["value"], found[name]["before"]["value"]
-            lines.insert(2, f"{name:24} {value:.3f} (before: {before:.3f})")
+    for name, measured in reversed((outcome["evaluation"] or {}).items()):
+        if isinstance(measured, dict) and measured.get("value") is not None and measured.get("before"):
+            lines.insert(2, f"{name:24} {measured['value']:.3f} (before: {measured['before']['value']:.3f})")
     return "\n".join(lines)
 
 
@@ -133,9 +132,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure likeness, obedience and diversity, before and after, and write the report again."""
-    from t2iprobe.inversion.commands import evaluate_folder
+    try:
+        from t2iprobe.inversion.commands import evaluate_folder
 
-    outcome = evaluate_folder(folder, pictures, features)
+        outcome = evaluate_folder(folder, pictures, features)
+    except KeyboardInterrupt:
+        print(f"t2iprobe: stopped: {folder} is as it was", file=sys.stderr)
+        sys.exit(130)
     print_found(outcome["evaluation"], as_json, describe_outcome(outcome, folder))
 
 

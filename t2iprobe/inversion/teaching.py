@@ -3,16 +3,21 @@
     OUT/probe/<word>/before.npz, <method>.npz   in-subtree probabilities [N] of the pictures drawn
     OUT/probe/<word>/before/*.png, <method>/*.png
     OUT/<method>/<word>/                        what `train_concepts` wrote
+    OUT/settings.json                           the run's identity: another run is refused
     OUT/results.json, OUT/report.html
 
 This is the one module of this part that calls the probe.
 """
 
+import datetime
+import io
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,13 +39,16 @@ from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.commands import load_backbone, name_token, read_concept
 from t2iprobe.inversion.concepts import OBJECT_TEMPLATES
 from t2iprobe.inversion.drawing import write_pictures
+from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.methods import METHODS, Method, find_method
 from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.training import train_concepts
+from t2iprobe.machine import list_versions
 from t2iprobe.pictures import picture_files
-from t2iprobe.plans import PlanEntry, picture_seed
+from t2iprobe.pipelines import find_scheduler
+from t2iprobe.plans import GROWING, PlanEntry, picture_seed
 from t2iprobe.runs import Run
-from t2iprobe.storage import explain_full_disk, read_arrays, write_atomically
+from t2iprobe.storage import explain_full_disk, read_arrays, remove_leftovers, write_atomically
 
 SCHEMA = "t2iprobe.teaching/1"
 ALPHA = 0.05
@@ -95,17 +103,25 @@ def teach(
         progress: called with (done, of).
     """
     began = time.perf_counter()
-    study, results = _read_run(run)
+    opened, study, results = _read_run(run)
     chosen = list(METHODS) if "all" in methods else list(methods or ["textual-inversion"])
     for name in chosen:
         find_method(name)
     hierarchy = probe.load_hierarchy(study)
     lessons = plan_lessons(study, results, hierarchy, words, pictures, samples)
     training = _fit_settings(study, settings or Training.model_validate({}))
+    known = _choose_known(study, results, hierarchy)
+    identity = {key: value for key, value in opened.manifest["identity"].items() if key not in GROWING}
+    identity["known"] = list(dict.fromkeys(entry.synset for entry in known))
+    check_folder(out, identity, "teaching", ("probe", "results.json"))
     backbone = load_backbone(training)
+    if study.scheduler is not None:
+        scheduler = find_scheduler(study.scheduler)
+        backbone.pipeline.scheduler = scheduler.from_config(backbone.pipeline.scheduler.config)
     for name in chosen:
         METHODS[name].check(backbone)
     scorer = next(iter(probe.load_scorers(study, str(backbone.device), len(hierarchy.classes)).values()))
+    claim_folder(out, identity)
     prober = _Prober(study, backbone, scorer, hierarchy, out)
     total, done = len(lessons) * (1 + 2 * len(chosen)), 0
 
@@ -115,7 +131,6 @@ def teach(
         if progress is not None:
             progress(done, total)
 
-    known = _choose_known(study, results, hierarchy)
     for lesson in lessons:
         prober.probe(lesson.synset, "before", lesson.entries)
         advance()
@@ -146,6 +161,8 @@ def teach(
         "words": rows,
         "others": others,
         "seconds": time.perf_counter() - began,
+        "versions": list_versions(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     from t2iprobe.inversion.report import write_teaching_report
 
@@ -157,7 +174,7 @@ def teach(
     return outcome
 
 
-def _read_run(run: Path) -> tuple[Study, dict[str, Any]]:
+def _read_run(run: Path) -> tuple[Run, Study, dict[str, Any]]:
     opened = Run.open(run)
     configuration = dict(opened.manifest["configuration"])
     if configuration.pop("folder", None) is not None:
@@ -165,7 +182,7 @@ def _read_run(run: Path) -> tuple[Study, dict[str, Any]]:
     study = Study(**configuration)
     if study.prompts is not None:
         raise UserError(f"{run} was drawn from a file of prompts: teach needs a run with --template")
-    return study, read_results(opened) if (run / "results.json").exists() else {"synsets": []}
+    return opened, study, read_results(opened) if (run / "results.json").exists() else {"synsets": []}
 
 
 def plan_lessons(
@@ -196,7 +213,11 @@ def plan_lessons(
         raise UserError(
             f"the run knows every word of which there are pictures in {where}: name WORDs to teach"
         )
-    return [_plan_lesson(study, synset, folders[synset], samples) for synset in synsets]
+    lessons = [_plan_lesson(study, synset, folders[synset], samples) for synset in synsets]
+    shared = {token for token, count in Counter(each.token for each in lessons).items() if count > 1}
+    return [
+        replace(each, token=name_token(each.synset)) if each.token in shared else each for each in lessons
+    ]
 
 
 def _listed(names: Mapping[str, Any]) -> str:
@@ -229,9 +250,10 @@ def _plan_lesson(study: Study, synset: str, pictures: Path, samples: int) -> Les
 
 def put_token(prompt: str, word: str, token: str) -> str:
     """Write a token into a prompt in the place of a word. Raises UserError where the word is not in it."""
-    if word not in prompt:
+    taught, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: token, prompt)
+    if not count:
         raise UserError(f"the prompt {prompt!r} does not name {word!r}: the run's template needs {{lemma}}")
-    return prompt.replace(word, token)
+    return taught
 
 
 def _fit_settings(study: Study, settings: Training) -> Training:
@@ -304,25 +326,21 @@ class _Prober:
         self, synset: str, label: str, entries: Sequence[PlanEntry], method: Method | None = None
     ) -> None:
         """Judge the pictures of `entries` as `label`, unless that is done."""
-        path = self.folder / synset / f"{label}.npz"
-        if path.exists():
-            found = self.read(synset, label)
-            if len(found) == len(entries):
-                return
+        path = self.file(synset, label)
+        if path.exists() and len(self.read(path)) == len(entries):
+            return
         pictures, probabilities = self._judge(entries, method)
         with explain_full_disk(self.folder):
             write_pictures(path.with_suffix(""), pictures)
-            _write_array(path, probabilities)
+        _write_array(path, probabilities)
 
     def probe_others(
         self, synset: str, label: str, entries: Sequence[PlanEntry], method: Method | None
     ) -> None:
         """Judge other words' pictures while `synset` is taught."""
-        path = self.folder / synset / f"{label}-others.npz"
+        path = self.file(synset, f"{label}-others")
         if entries and not path.exists():
-            with explain_full_disk(self.folder):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write_array(path, self._judge(entries, method)[1])
+            _write_array(path, self._judge(entries, method)[1])
 
     def _judge(
         self, entries: Sequence[PlanEntry], method: Method | None
@@ -358,9 +376,12 @@ class _Prober:
         ]
         return drawn, np.asarray(probabilities)
 
-    def read(self, synset: str, label: str) -> np.ndarray:
+    def file(self, synset: str, label: str) -> Path:
+        """Return where the in-subtree probabilities of a word's pictures lie."""
+        return self.folder / synset / f"{label}.npz"
+
+    def read(self, path: Path) -> np.ndarray:
         """Return the in-subtree probabilities [N] of what was judged. Raises UserError for a damaged file."""
-        path = self.folder / synset / f"{label}.npz"
         try:
             return read_arrays(path)["isp"]
         except (OSError, ValueError, KeyError) as error:
@@ -377,8 +398,8 @@ class _Prober:
         path = self.folder / "others.npz"
         if not path.exists():
             _write_array(path, self._judge(known, None)[1])
-        before = read_arrays(path)["isp"]
-        after = np.mean([self.read(lesson.synset, f"{name}-others") for lesson in lessons], axis=0)
+        before = self.read(path)
+        after = np.mean([self.read(self.file(each.synset, f"{name}-others")) for each in lessons], axis=0)
         return {
             "words": list(dict.fromkeys(entry.synset for entry in known)),
             "before": describe_probability(before),
@@ -388,11 +409,12 @@ class _Prober:
 
 
 def _write_array(path: Path, isp: np.ndarray) -> None:
-    import io
-
     content = io.BytesIO()
     np.savez(content, isp=isp)
-    write_atomically(path, content.getvalue())
+    with explain_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        write_atomically(path, content.getvalue())
 
 
 def _choose_known(study: Study, results: Mapping[str, Any], hierarchy: Hierarchy) -> list[PlanEntry]:
@@ -412,7 +434,7 @@ def _choose_known(study: Study, results: Mapping[str, Any], hierarchy: Hierarchy
 def _describe(
     lesson: Lesson, name: str, prober: _Prober, outcome: Mapping[str, Any], out: Path
 ) -> dict[str, Any]:
-    before, after = prober.read(lesson.synset, "before"), prober.read(lesson.synset, name)
+    before, after = (prober.read(prober.file(lesson.synset, label)) for label in ("before", name))
     shown = min(8, len(before))
     folder = Path("probe") / lesson.synset
     return {

@@ -41,8 +41,9 @@ def train_some(backbone: Backbone, settings: Training, folders: dict[str, Path],
     return dict(zip(folders, train_concepts(backbone, jobs, settings), strict=True))
 
 
-def test_three_concepts_in_one_pass_train_as_alone(tiny_model: Path, tmp_path: Path) -> None:
-    settings = settings_for(tiny_model)
+@pytest.mark.parametrize("model", ["tiny", "embedded"])
+def test_three_concepts_in_one_pass_train_as_alone(model: str, tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_for(tiny_model if model == "tiny" else Path(model), max_steps=10)
     backbone = load_backbone(settings)
     folders = {name: draw_concept(tmp_path / name, seed) for seed, name in enumerate(("cat", "dog", "cow"))}
     together = train_some(backbone, settings, folders, tmp_path / "together")
@@ -85,8 +86,11 @@ def test_a_concept_that_has_stopped_leaves_the_pass(
     assert sizes == [2] * 10 + [1] * 10
 
 
-def test_the_vocabulary_stays_byte_for_byte(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
-    settings = settings_for(tiny_model)
+@pytest.mark.parametrize("model", ["tiny", "embedded"])
+def test_the_vocabulary_stays_byte_for_byte(
+    model: str, tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model if model == "tiny" else Path(model), max_steps=5)
     backbone = load_backbone(settings)
     encoder, denoiser = backbone.pipeline.text_encoder, backbone.pipeline.unet
     before = [p.detach().numpy().tobytes() for p in (*encoder.parameters(), *denoiser.parameters())]
@@ -142,14 +146,23 @@ def test_the_same_training_again_is_done_and_another_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["textual-inversion", "dreambooth-lora", "custom-diffusion"])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        ("tiny", "textual-inversion"),
+        ("tiny", "dreambooth-lora"),
+        ("tiny", "custom-diffusion"),
+        ("embedded", "textual-inversion"),
+    ],
+)
 def test_a_killed_training_ends_as_an_unbroken_one(
-    tiny_model: Path, tmp_path: Path, concept_folder: Path, method: str
+    model: str, tiny_model: Path, tmp_path: Path, concept_folder: Path, method: str
 ) -> None:
     more = ["--set=grid=0", "--set=evaluate=0", "--set=items=4", "--set=batch=1", "--init", "thing"]
     command = [
         *(sys.executable, "-m", "t2iprobe", "inversion", "train", str(concept_folder), "--token", "<cat>"),
-        *("--model", str(tiny_model), "--method", method, "--stop", "budget", "--max-steps", "60"),
+        *("--model", str(tiny_model) if model == "tiny" else model, "--method", method, "--stop", "budget"),
+        *("--max-steps", "60" if model == "tiny" else "30"),
         *("--dtype", "float32", "--every", "2", *more),
     ]
     environment = os.environ | {"T2IPROBE_STATE_SECONDS": "0", "OMP_NUM_THREADS": "1"}
