@@ -1,0 +1,739 @@
+"""What a taught word costs and what it is worth: four procedures on the same concepts, interleaved.
+
+    python benchmarks/inversion.py [--work DIR] [--json FILE] [--concepts A,B,C] [--arms abcd] [--seeds 0,1]
+    python benchmarks/inversion.py --flops          # FLOPs at the sizes of SD 1.5 and SDXL, on no device
+    python benchmarks/inversion.py --throughput     # seconds at the size of SD 1.5, random weights, on a GPU
+
+(a) is the procedure of the diffusers example (examples/textual_inversion, commit 000280f) with its defaults:
+AdamW on the whole embedding matrix, all other rows put back after each step, 16 pictures encoded at each
+step, 5000 steps, nothing watched. (b) is published DVAR (arXiv 2302.04841) with its settings for textual
+inversion: one row, 2 pictures encoded at each step, 4 fixed items looked at after each backward, window 310,
+eps .15, 6100 steps at most. Both are in `published_inversion.py`. (c) is `train_concepts` with its defaults,
+(d) the same with eight concepts in one pass.
+
+The arms advance in turn, the one that has done the least share of its work next, and each has a clock that
+runs in its turns only. Killed, the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from inversion_flops import SIZES, count, count_parts, make_sd15, table_flops
+from published_inversion import METHOD, SD_RMS, PublishedDVAR, Reference, Stock
+
+from t2iprobe.errors import UserError
+from t2iprobe.intervals import describe_difference, describe_mean, interval
+from t2iprobe.inversion.backbones import Backbone, make_backbone
+from t2iprobe.inversion.commands import load_backbone, load_training, name_token, read_concept
+from t2iprobe.inversion.concepts import Concept, encode_moments
+from t2iprobe.inversion.drawing import draw_pictures
+from t2iprobe.inversion.embeddings import Rows
+from t2iprobe.inversion.evaluation import COMPANIONS, choose_prompts, measure, plan_pictures
+from t2iprobe.inversion.features import load_features
+from t2iprobe.inversion.formats import Embedding, fit_vectors, read_embedding, write_embedding
+from t2iprobe.inversion.initialization import nearest_words
+from t2iprobe.inversion.settings import Training
+from t2iprobe.inversion.stopping import PRESETS
+from t2iprobe.inversion.training import train_concepts
+from t2iprobe.machine import list_versions
+from t2iprobe.pipelines import model_hash, place_pipeline
+from t2iprobe.storage import write_atomically
+
+ASSETS = Path(str(files("t2iprobe"))) / "assets" / "concepts"
+CONCEPTS = ("harp.n.01", "soccer_ball.n.01", "teapot.n.01")
+TOGETHER = 8
+BLOCK = 2 * PRESETS[METHOD]["plateau"]["every"]  # passes with two looks of ours
+STATE_SECONDS = 60.0
+REPORT_SECONDS = 30.0
+RESAMPLES = 1000
+NAMES = {
+    "0": "the word that all begin at",
+    "a": "(a) diffusers' example",
+    "b": "(b) published DVAR",
+    "c": "(c) ours, one concept",
+    "d": "(d) ours, several in one pass",
+}
+OURS = "cd"
+
+
+# -- turns ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Unit:
+    """One training of one or several concepts in a pass.
+
+    `seconds` has one entry a pass, the first with all that was done before it; `steps` one a concept.
+    """
+
+    arm: str
+    seed: int
+    names: list[str]
+    steps: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def active(self, number: int) -> int:
+        """Return how many concepts shared the pass of that number."""
+        return sum(steps > number for steps in self.steps)
+
+
+class Arm(threading.Thread):
+    """Trains its units one after the other, in its turns; `guess` is how many passes one may take."""
+
+    def __init__(self, units: Sequence[Unit], train: Callable[[Unit, Arm], None], guess: int) -> None:
+        super().__init__(daemon=True)
+        self.units, self.train, self.guess = units, train, guess
+        self.finished = 0
+        self.over = False
+        self.error: BaseException | None = None
+        self.running: Unit | None = None
+        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._slice = self._turn_began = self._began = 0.0
+
+    @property
+    def share(self) -> float:
+        """How much of its work is done, 0..1."""
+        passes = len(self.running.seconds) if self.running else 0
+        return (self.finished + min(passes / self.guess, 0.99)) / len(self.units)
+
+    def run(self) -> None:
+        """Train all units."""
+        self._turn.acquire()
+        try:
+            for unit in self.units:
+                self.running = unit
+                self.train(unit, self)
+                self.running = None
+                self.finished += 1
+        except BaseException as error:
+            self.error = error
+        self.over = True
+        self._back.release()
+
+    def begin(self) -> None:
+        """Start the clock of the unit's first pass, once a model is loaded."""
+        self._began = time.perf_counter()
+
+    def tick(self) -> None:
+        """Note the end of a pass; hand the turn back if it has lasted long enough."""
+        assert self.running is not None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.running.seconds.append(now - self._began)
+        if now - self._turn_began > self._slice:
+            self._back.release()
+            self._turn.acquire()
+            self._turn_began = time.perf_counter()
+        self._began = time.perf_counter()
+
+    def advance(self, seconds: float) -> None:
+        """Give it a turn and wait for the end of it."""
+        self._slice, self._turn_began = seconds, time.perf_counter()
+        self._turn.release()
+        self._back.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+def take_turns(arms: Mapping[str, Arm], slice_seconds: float) -> None:
+    """Let the arms work in turn, the one that has done the least share of its work next."""
+    for arm in arms.values():
+        arm.start()
+    told = time.monotonic()
+    while active := [arm for arm in arms.values() if not arm.over]:
+        min(active, key=lambda arm: arm.share).advance(slice_seconds)
+        if time.monotonic() - told > REPORT_SECONDS:
+            told = time.monotonic()
+            tell("  ".join(f"({letter}) {describe_progress(arm)}" for letter, arm in arms.items()))
+
+
+def describe_progress(arm: Arm) -> str:
+    """Return what an arm has done, in words."""
+    passes = f", {len(arm.running.seconds)} steps of the next" if arm.running else ""
+    return f"{arm.finished} of {len(arm.units)}{passes}"
+
+
+def tell(line: str) -> None:
+    """Say something about the progress, where results do not go."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the arms share: how a model is loaded, the concepts and their words, where everything lies."""
+
+    load: Callable[[], Backbone]
+    concepts: Mapping[str, Concept]
+    words: Mapping[tuple[str, int], str]  # by concept and seed
+    settings: Training
+    work: Path
+    references: Mapping[str, type[Reference]]
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Return where an arm's trainings with a seed lie."""
+        return self.work / arm / f"seed_{seed}"
+
+    def train(self, unit: Unit, arm: Arm) -> None:
+        """Train a unit where that has not been done, and fill in what came of it."""
+        name = unit.names[0] if len(unit.names) == 1 else "together"
+        path = self.folder(unit.arm, unit.seed) / f"{name}.json"
+        if path.exists():
+            vars(unit).update(json.loads(path.read_text()))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backbone = self.load()
+        (self._train_ours if unit.arm in OURS else self._train_reference)(backbone, unit, arm)
+        write_atomically(path, json.dumps(asdict(unit)).encode())
+
+    def _train_reference(self, backbone: Backbone, unit: Unit, arm: Arm) -> None:
+        (name,) = unit.names
+        out = self.folder(unit.arm, unit.seed) / name
+        out.mkdir(exist_ok=True)
+        concept, kept = self.concepts[name], out / "state.pt"
+        arm.begin()
+        learner = self.references[unit.arm](backbone, concept, self.words[name, unit.seed], unit.seed)
+        if kept.exists():
+            state = torch.load(kept, map_location=backbone.device, weights_only=True)
+            learner.restore(state["learner"])
+            unit.seconds = state["seconds"]
+            arm.begin()
+        written, over = time.monotonic(), False
+        while not over:
+            over = learner.step()
+            arm.tick()
+            if time.monotonic() - written > STATE_SECONDS:
+                content = io.BytesIO()
+                torch.save({"learner": learner.state(), "seconds": unit.seconds}, content)
+                write_atomically(kept, content.getvalue())
+                written = time.monotonic()
+                arm.begin()
+        unit.steps, unit.reasons = [learner.done], [learner.reason]
+        row = Embedding(concept.token, dict.fromkeys(backbone.encoders, learner.row()), {})
+        write_embedding(out / "learned_embeds.safetensors", row, "diffusers")
+        kept.unlink(missing_ok=True)
+
+    def _train_ours(self, backbone: Backbone, unit: Unit, arm: Arm) -> None:
+        out = self.folder(unit.arm, unit.seed)
+        for name in unit.names:  # a clock that was stopped in the middle says nothing
+            shutil.rmtree(out / name, ignore_errors=True)
+        forget_words()
+        arm.begin()
+        outcomes = train_concepts(
+            backbone,
+            [(self.concepts[name], out / name) for name in unit.names],
+            self.settings.model_copy(update={"seed": unit.seed}),
+            progress=lambda *_: arm.tick(),
+        )
+        unit.steps = [found["steps"] for found in outcomes]
+        unit.reasons = [found["stop"]["reason"] for found in outcomes]
+        for name, found in zip(unit.names, outcomes, strict=True):
+            if found["initial"]["words"] != [self.words[name, unit.seed]]:
+                raise RuntimeError(f"{name} began at another word than in the other arms")
+
+
+def forget_words() -> None:
+    """Empty the cache of nearest words, so that ours looks for its word in the time it is given."""
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]) / "t2iprobe" / "nearest_words", ignore_errors=True)
+
+
+def find_words(
+    backbone: Backbone, concepts: Mapping[str, Concept], settings: Training, seeds: Sequence[int], file: Path
+) -> dict[tuple[str, int], str]:
+    """Return the word that each concept begins at in all arms: the one that our default finds."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name, concept in concepts.items():
+        for seed in seeds:
+            if settings.init != "nearest":
+                found[f"{name}/{seed}"] = settings.init
+            elif f"{name}/{seed}" not in found:
+                moments = encode_moments(backbone, concept)
+                rows = Rows(backbone.encoders, {concept.token: 1})
+                found[f"{name}/{seed}"] = nearest_words(backbone, rows, concept, moments, seed)[0][0]
+                rows.remove()
+    write_atomically(file, json.dumps(found, indent=1).encode())
+    return {(name, seed): found[f"{name}/{seed}"] for name in concepts for seed in seeds}
+
+
+# -- FLOPs ---------------------------------------------------------------------------------------------
+
+
+def count_arms(bench: Bench, letters: Iterable[str], together: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return for each arm the FLOPs of a step and of what is done once, of one concept. Also warms up."""
+    name = together[0]
+    return {
+        letter: count_reference(bench, bench.references[letter], name)
+        if letter in bench.references
+        else count_ours(bench, together if letter == "d" else [name])
+        for letter in letters
+    }
+
+
+def count_reference(bench: Bench, reference: type[Reference], name: str) -> dict[str, float]:
+    """Return the FLOPs of a step and of what comes before the first."""
+    backbone, learner = bench.load(), []
+    _, seed = next(iter(bench.words))
+
+    def begin() -> None:
+        learner.append(reference(backbone, bench.concepts[name], bench.words[name, seed], seed))
+
+    return {"once": count(begin), "step": count(lambda: learner[0].step())}
+
+
+def count_ours(bench: Bench, names: Sequence[str]) -> dict[str, float]:
+    """Return the same from two short trainings, one twice as long as the other."""
+    backbone = bench.load()
+
+    def count_steps(steps: int) -> float:
+        return count(lambda: train_briefly(bench, backbone, names, steps)) / len(names)
+
+    short, long = count_steps(BLOCK), count_steps(2 * BLOCK)
+    return {"once": 2 * short - long, "step": (long - short) / BLOCK}
+
+
+def train_briefly(bench: Bench, backbone: Backbone, names: Sequence[str], steps: int) -> None:
+    """Train concepts for some steps, for nothing."""
+    forget_words()
+    settings = bench.settings.model_copy(update={"max_steps": steps})
+    with tempfile.TemporaryDirectory() as folder:
+        train_concepts(backbone, [(bench.concepts[n], Path(folder) / n) for n in names], settings)
+
+
+# -- what came of it -----------------------------------------------------------------------------------
+
+
+def measure_rows(
+    bench: Bench, arms: Mapping[str, Sequence[Unit]], names: Sequence[str], seeds: Sequence[int], samples: int
+) -> dict[str, dict[str, list[float]]]:
+    """Return for each arm the likeness and obedience of every picture, in the same order for all."""
+    backbone = bench.load()
+    features = load_features("classifier", str(backbone.device), backbone.dtype)
+    found: dict[str, dict[str, list[float]]] = {}
+    for letter in ("0", *arms):
+        found[letter] = {"likeness": [], "obedience": []}
+        for name in names:
+            for seed in seeds:
+                concept = bench.concepts[name]
+                rows = Rows(backbone.encoders, {concept.token: 1})
+                if letter == "0":
+                    rows.set(concept.token, rows.from_words(concept.token, [bench.words[name, seed]]))
+                else:
+                    path = bench.folder(letter, seed) / name / "learned_embeds.safetensors"
+                    (row,) = read_embedding(path, concept.token)
+                    rows.set(concept.token, fit_vectors(row, backbone.encoders))
+                kept = bench.folder(letter, seed) / f"{name}_{samples}_pictures.json"
+                if not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    content = json.dumps(measure_token(backbone, bench.settings, concept, features, samples))
+                    write_atomically(kept, content.encode())
+                for quality, values in json.loads(kept.read_text()).items():
+                    found[letter][quality] += values
+                rows.remove()
+    return found
+
+
+def measure_token(
+    backbone: Backbone, settings: Training, concept: Concept, features: Any, samples: int
+) -> dict[str, list[float]]:
+    """Draw a token as it stands and return the likeness and obedience of every picture."""
+    prompts = choose_prompts(concept.templates, concept.token)
+    new = [f"a {word} and a {concept.token}" for word in COMPANIONS]
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
+        return draw_pictures(backbone, prompts, seeds, settings.steps, settings.guidance)
+
+    plans = [plan_pictures(each, samples, 0) for each in (prompts, new)]
+    own = features.pictures(list(concept.pictures.permute(0, 2, 3, 1).numpy()))
+    made = measure(draw, plans, own, concept.token, features, COMPANIONS)
+    assert made.obedience is not None
+    return {"likeness": made.likeness.tolist(), "obedience": made.obedience.tolist()}
+
+
+def group_blocks(units: Iterable[Unit]) -> dict[int, np.ndarray]:
+    """Return the mean seconds of a pass in each block of BLOCK, by how many concepts shared it.
+
+    The first pass of a unit, with all that comes before it, is left out.
+    """
+    blocks: dict[int, list[float]] = {}
+    for unit in units:
+        for start in range(0, len(unit.seconds), BLOCK):
+            part = unit.seconds[max(start, 1) : start + BLOCK]
+            if part:
+                blocks.setdefault(unit.active(start), []).append(float(np.mean(part)))
+    return {active: np.array(values) for active, values in blocks.items()}
+
+
+def estimate_seconds(units: Sequence[Unit], blocks: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return the seconds of units by the medians of their arm's `blocks`; then by RESAMPLES of the blocks."""
+    rng = np.random.default_rng(0)
+    passes: dict[int, int] = {}
+    for unit in units:
+        for number in range(1, len(unit.seconds)):
+            active = unit.active(number - number % BLOCK)
+            passes[active] = passes.get(active, 0) + 1
+    total = np.full(1 + RESAMPLES, sum(unit.seconds[0] for unit in units))
+    for active, times in passes.items():
+        values = blocks[active]
+        drawn = rng.choice(values, (RESAMPLES, len(values)))
+        total += times * np.concatenate([[np.median(values)], np.median(drawn, axis=1)])
+    return total
+
+
+def describe_ratio(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, Any]:
+    """Return the ratio of two `estimate_seconds` with the interval of its resamples."""
+    ratio = numerator / denominator
+    return {"value": float(ratio[0]), "interval": list(interval(ratio[1:]))}
+
+
+def compare(
+    arms: Mapping[str, Sequence[Unit]],
+    flops: Mapping[str, Mapping[str, float]],
+    measured: Mapping[str, Mapping[str, Sequence[float]]],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Return the table and the verdicts. Times are of a concept; all comparisons are of the same concepts."""
+    seconds, every = {}, {}
+    found: dict[str, dict[str, Any]] = {letter: {} for letter in ("0", *arms)}
+    for letter, units in arms.items():
+        blocks = group_blocks(units)
+        mine = [unit for unit in units if len(unit.names) > 1 or unit.names[0] in names]
+        count, own = (sum(len(unit.names) for unit in each) for each in (units, mine))
+        every[letter] = estimate_seconds(units, blocks) / count
+        seconds[letter] = estimate_seconds(mine, blocks) / own
+        steps = [s for unit in mine for n, s in zip(unit.names, unit.steps, strict=True) if n in names]
+        found[letter] = {
+            "steps": steps,
+            "reasons": [reason for unit in units for reason in unit.reasons],
+            "seconds": float(seconds[letter][0]),
+            "seconds_of_the_clock": sum(sum(unit.seconds) for unit in mine) / own,
+            "seconds_before": sum(unit.seconds[0] for unit in mine) / own,
+            "concepts_a_minute": 60 / float(every[letter][0]),
+            "concepts_timed": count,
+            "concepts_in_a_pass": max(len(unit.names) for unit in units),
+            "flops_a_step": flops[letter]["step"],
+            "flops": flops[letter]["once"] + flops[letter]["step"] * float(np.mean(steps)),
+        }
+        if "a" in seconds:
+            found[letter]["times_faster_than_a"] = describe_ratio(seconds["a"], seconds[letter])
+            found[letter]["flops_ratio"] = found["a"]["flops"] / found[letter]["flops"]
+    for letter, values in measured.items():
+        quality = {name: describe_mean(each) for name, each in values.items()}
+        if "a" in measured:
+            for name, each in values.items():
+                quality[name]["minus_a"] = describe_difference(measured["a"][name], each)
+        found[letter] |= quality
+    return {"arms": found, "verdicts": judge(found, seconds, every)}
+
+
+def judge(
+    found: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, np.ndarray],
+    every: Mapping[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """Return {claim, holds, detail} for the arms that were run; a ratio holds if all of its interval does."""
+    verdicts = []
+    for letter in OURS:
+        if {"a", letter} <= set(seconds):
+            low = found["a"]["likeness"]["interval"][0]
+            value, difference = found[letter]["likeness"]["value"], found[letter]["likeness"]["minus_a"]
+            ends = difference["interval"]
+            verdicts.append(
+                {
+                    "claim": f"likeness of ({letter}) no lower than of (a) within its interval",
+                    "holds": value >= low and ends[1] >= 0,
+                    "detail": f"{value:.3f}, (a)'s interval begins at {low:.3f}; "
+                    f"paired difference {difference['value']:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]",
+                }
+            )
+    for slow, fast, least, clock in (
+        ("a", "c", 15, seconds),
+        ("b", "c", 2, seconds),
+        ("c", "d", 2, every),
+    ):
+        if {slow, fast} <= set(clock):
+            ratio = describe_ratio(clock[slow], clock[fast])
+            low, high = ratio["interval"]
+            what = "the concepts a minute of" if clock is every else "faster than"
+            verdicts.append(
+                {
+                    "claim": f"({fast}) at least {least} times {what} ({slow})",
+                    "holds": low >= least,
+                    "detail": f"{ratio['value']:.1f} [{low:.1f}, {high:.1f}]",
+                    "ratio": ratio,
+                }
+            )
+    return verdicts
+
+
+def table_arms(report: Mapping[str, Any]) -> str:
+    """Return the Markdown table, the verdicts and the notes."""
+    lines = [
+        "| | steps | s a concept | times faster than (a) | GFLOP a step | TFLOP in all | of (a)'s "
+        "| likeness | obedience | concepts a minute |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for letter, row in report["arms"].items():
+        quality = " | ".join(show(row[name]) for name in ("likeness", "obedience"))
+        if letter == "0":
+            lines.append(f"| {NAMES[letter]} | 0 | – | – | – | – | – | {quality} | – |")
+            continue
+        steps = row["steps"]
+        ratio = show(row["times_faster_than_a"], ".1f") if "times_faster_than_a" in row else "–"
+        share = f"1/{row['flops_ratio']:.1f}" if "flops_ratio" in row else "–"
+        lines.append(
+            f"| {NAMES[letter]} | {np.mean(steps):.0f} ({min(steps)}–{max(steps)}) | {row['seconds']:.1f} "
+            f"| {ratio} | {row['flops_a_step'] / 1e9:.2f} | {row['flops'] / 1e12:.2f} | {share} | {quality} "
+            f"| {row['concepts_a_minute']:.2f} ({row['concepts_timed']}) |"
+        )
+    lines.append("")
+    lines += [
+        f"- {verdict['claim']}: **{'yes' if verdict['holds'] else 'no'}** ({verdict['detail']})"
+        for verdict in report["verdicts"]
+    ]
+    return "\n".join([*lines, "", *report["notes"]])
+
+
+def show(cell: Mapping[str, Any], form: str = ".3f") -> str:
+    """Return a value and its interval."""
+    if cell["interval"] is None:
+        return f"{cell['value']:{form}}"
+    return f"{cell['value']:{form}} [{cell['interval'][0]:{form}}, {cell['interval'][1]:{form}}]"
+
+
+# -- running it ----------------------------------------------------------------------------------------
+
+
+def shorten(references: Mapping[str, type[Reference]], steps: int) -> dict[str, type[Reference]]:
+    """Return the references with few steps, and a window that fits into them."""
+    more = {"most": steps, "options": {"window": steps // 2}}
+    return {letter: type(kind.__name__, (kind,), more) for letter, kind in references.items()}
+
+
+def run_arms(
+    bench: Bench, letters: str, names: Sequence[str], together: Sequence[str], seeds: Sequence[int],
+    slice_seconds: float,
+) -> dict[str, list[Unit]]:  # fmt: skip
+    """Train everything, in turn. Arms with a reference train `names`, ours `together`."""
+    plan = {letter: [[name] for name in names] for letter in bench.references}
+    plan |= {"c": [[name] for name in together], "d": [list(together)]}
+    units = {
+        letter: [Unit(letter, seed, group) for seed in seeds for group in plan[letter]] for letter in letters
+    }
+    guess = {"a": bench.references["a"].most, "b": min(600, bench.references["b"].most)}
+    arms = {letter: Arm(units[letter], bench.train, guess.get(letter, 500)) for letter in letters}
+    take_turns(arms, slice_seconds)
+    return units
+
+
+def check_identity(work: Path, identity: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder holds another benchmark."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "identity.json"
+    if path.exists() and json.loads(path.read_text()) != identity:
+        raise UserError(f"{work} holds a benchmark of another model or other settings: give another --work")
+    write_atomically(path, json.dumps(identity, indent=1).encode())
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, measure and compare on a model."""
+    short = {"max_steps": 2 * BLOCK} if options.quick else {}
+    settings = load_training({"model": options.model, "grid": 0, "evaluate": 0, **short}, options.set)
+    identity = {"model": model_hash(settings.model), "settings": json.loads(settings.model_dump_json())}
+    check_identity(options.work, identity | {"threads": torch.get_num_threads()})
+    os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
+    names = options.concepts.split(",")
+    spare = [path.name for path in sorted(ASSETS.iterdir()) if path.is_dir() and path.name not in names]
+    together = [*names, *spare][: max(len(names), 2 if options.quick else TOGETHER)]
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    backbone = load_backbone(settings)
+    concepts = {
+        name: read_concept(ASSETS / name, name_token(name.split(".")[0]), settings, backbone)
+        for name in together
+    }
+    references: dict[str, type[Reference]] = {"a": Stock, "b": PublishedDVAR}
+    bench = Bench(
+        load=lambda: load_backbone(settings),
+        concepts=concepts,
+        words=find_words(backbone, concepts, settings, seeds, options.work / "words.json"),
+        settings=settings,
+        work=options.work,
+        references=shorten(references, 2 * BLOCK) if options.quick else references,
+    )
+    kept = options.work / f"flops_{options.arms}.json"
+    if not kept.exists():
+        tell("counting FLOPs")
+        write_atomically(kept, json.dumps(count_arms(bench, options.arms, together)).encode())
+    arms = run_arms(bench, options.arms, names, together, seeds, options.slice)
+    tell("drawing and judging")
+    measured = measure_rows(bench, arms, names, seeds, 1 if options.quick else options.samples)
+    report = compare(arms, json.loads(kept.read_text()), measured, names)
+    rms = float(backbone.encoders["clip_l"][1].get_input_embeddings().weight.square().mean().sqrt())
+    return report | {
+        "concepts": names,
+        "together": together,
+        "seeds": seeds,
+        "words": {f"{name}/{seed}": word for (name, seed), word in bench.words.items()},
+        "device": str(backbone.device),
+        "dtype": backbone.dtype,
+        "threads": torch.get_num_threads(),
+        "versions": list_versions(),
+        "notes": write_notes(report, names, together, seeds, backbone, rms),
+    }
+
+
+def write_notes(
+    report: Mapping[str, Any], names: Sequence[str], together: Sequence[str], seeds: Sequence[int],
+    backbone: Backbone, rms: float,
+) -> list[str]:  # fmt: skip
+    """Return what a reader of the table must know."""
+    scale = rms / SD_RMS
+    return [
+        f"Concepts: {', '.join(names)}; seeds {', '.join(map(str, seeds))}; (c) and (d) are timed on "
+        f"{len(together)}. {backbone.device.type}, {backbone.dtype}, {torch.get_num_threads()} threads.",
+        "",
+        f"Seconds: medians of blocks of {BLOCK} passes, times passes, and what a training did before its "
+        "first step; the intervals of ratios are over those blocks, not over concepts. (c) and (d) look for "
+        "the word that they begin at in their own time, (a) and (b) are given it. Likeness and obedience: by "
+        "the packaged classifier, of the same prompts and seeds in all rows, with intervals over pictures.",
+        "",
+        f"This vocabulary's root mean square is {rms:.3g}: the rates of (a) and (b), 1e-4 and 1e-2 (5e-3 × "
+        f"batch 2) at SD's {SD_RMS}, are {Stock.rate * scale:.3g} and {PublishedDVAR.rate * scale:.3g} here, "
+        "their weight decay smaller by as much, so that a step is the same part of a row. (a) draws our "
+        "captions, keeps its pictures in memory, saves and validates nothing; (b) writes no log and keeps no "
+        "second graph. All compute in the same autocast with the same attention.",
+    ]
+
+
+def make_random_sd15(device: str, dtype: str) -> Backbone:
+    """Return a backbone of SD 1.5's size with random weights; its tokenizer's words are single letters."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from t2iprobe.testing import tiny_tokenizer
+
+    with torch.device(device):
+        (unet, autoencoder, (encoder,)), size = make_sd15()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tiny_tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    place_pipeline(pipeline, device, dtype)
+    return make_backbone(pipeline, dtype=dtype, size=size)
+
+
+def measure_throughput(load: Callable[[], Backbone], steps: int, letters: str = "abcd") -> dict[str, Any]:
+    """Return the seconds of a step of each arm and concept, of a model whose weights do not matter."""
+    size = load().size
+    generator = torch.Generator().manual_seed(0)
+    concepts = {
+        name: Concept(
+            token=f"<{name}>",
+            pictures=torch.randint(256, (4, 3, size, size), generator=generator, dtype=torch.uint8),
+            files=(),
+        )
+        for name in (f"concept-{letter}" for letter in "abcdefgh")
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        bench = Bench(
+            load=load,
+            concepts=concepts,
+            words={(name, 0): "a" for name in concepts},
+            settings=load_training(
+                {"init": "a", "grid": 0, "evaluate": 0, "stop": "budget", "max_steps": steps}
+            ),
+            work=Path(folder),
+            references=shorten({"a": Stock, "b": PublishedDVAR}, steps),
+        )
+        arms = run_arms(bench, letters, list(concepts)[:1], list(concepts), [0], 5.0)
+    found = {}
+    for letter, units in arms.items():
+        ((active, blocks),) = group_blocks(units).items()
+        batch = bench.references[letter].batch if letter in bench.references else bench.settings.batch
+        found[letter] = {"seconds_a_step": float(np.median(blocks)) / active, "batch": batch}
+    return found
+
+
+def table_throughput(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the Markdown table."""
+    lines = ["| | batch | s a step of a concept | pictures trained on a second |", "|---|---|---|---|"]
+    for letter, row in found.items():
+        speed = row["batch"] / row["seconds_a_step"]
+        lines.append(f"| {NAMES[letter]} | {row['batch']} | {row['seconds_a_step']:.4f} | {speed:.1f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what was asked for and print its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/inversion_benchmark"))
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--concepts", default=",".join(CONCEPTS))
+    parser.add_argument("--arms", default="abcd")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--samples", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--slice", type=float, default=2.0, help="seconds of a turn at least")
+    parser.add_argument("--set", action="append", help="a setting of ours, as key=value")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--flops", action="store_true")
+    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--steps", type=int, default=40, help="of --throughput")
+    options = parser.parse_args(arguments)
+    if options.flops:
+        found: Any = {size: count_parts(size) for size in SIZES}
+        text = table_flops(found)
+    elif options.throughput:
+        if not torch.cuda.is_available():
+            raise UserError("--throughput needs a GPU")
+        found = measure_throughput(lambda: make_random_sd15("cuda", "bfloat16"), options.steps)
+        text = table_throughput(found)
+    else:
+        found = benchmark(options)
+        text = table_arms(found)
+    if options.json:
+        write_atomically(options.json, json.dumps(found, indent=1).encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"inversion.py: {error}", file=sys.stderr)
+        sys.exit(2)
