@@ -1,4 +1,4 @@
-"""What a method saves is what diffusers' own loaders put into a fresh pipeline, and what we load ourselves."""
+"""What a method saves is what diffusers' own loaders put into a fresh pipeline, and what we load."""
 
 from pathlib import Path
 from typing import Any
