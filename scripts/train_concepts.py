@@ -36,15 +36,19 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Teach a folder of concepts, several in one pass."""
-    from t2iprobe.inversion.commands import load_training, train_folders
-    from t2iprobe.progress import progress_bar
-
     given = {"model": model, "method": method, "stop": stop, "seed": seed}
-    with progress_bar("steps") as progress:
-        outcomes = train_folders(
-            folder, load_training(given, settings), out,
-            group=group, shard=shard, skip_bad=skip_bad, progress=progress,
-        )  # fmt: skip
+    try:
+        from t2iprobe.inversion.commands import load_training, train_folders
+        from t2iprobe.progress import progress_bar
+
+        with progress_bar("steps") as progress:
+            outcomes = train_folders(
+                folder, load_training(given, settings), out,
+                group=group, shard=shard, skip_bad=skip_bad, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("train_concepts: stopped: the same command continues", file=sys.stderr)
+        sys.exit(130)
     lines = [
         f"{name:24} {found['steps']:5} steps  {duration(found['seconds'])}  {found['stop']['reason']}"
         for name, found in outcomes.items()
@@ -63,6 +67,3 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"train_concepts: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("train_concepts: stopped: the same command continues", file=sys.stderr)
-        sys.exit(130)

@@ -29,6 +29,8 @@ class Backbone:
         self.device = next(self.denoiser.parameters()).device
         self.encoders = self._find_encoders()
         self.size = size or self._default_size()
+        if self.size % 8:
+            raise UserError(f"pictures have a multiple of 8 pixels a side, not {self.size}: change --size")
         for module in (self.denoiser, self.autoencoder, *(encoder for _, encoder in self.encoders.values())):
             module.requires_grad_(False).eval()  # LDM's encoder has dropout, which would make the loss random
         configuration = self.autoencoder.config

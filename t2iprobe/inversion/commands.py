@@ -1,6 +1,5 @@
 """What the commands call: settings from words, a folder trained, evaluated or planned."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ from t2iprobe.inversion.concepts import Concept, load_concept
 from t2iprobe.inversion.embeddings import check_token
 from t2iprobe.inversion.methods import find_method
 from t2iprobe.inversion.settings import Training
-from t2iprobe.inversion.training import Progress, evaluate_outcome, time_steps, train_concepts
+from t2iprobe.inversion.training import (
+    Progress,
+    evaluate_outcome,
+    read_outcome,
+    refuse_broken,
+    time_steps,
+    train_concepts,
+    train_jobs,
+)
 from t2iprobe.pipelines import load_pipeline
 
 
@@ -119,8 +126,9 @@ def train_folders(
             (read_concept(path, tokens[path], settings, backbone, skip_bad=skip_bad), out / path.name)
             for path in part
         ]
-        trained = train_concepts(backbone, jobs, settings, progress=progress)
+        trained = train_jobs(backbone, jobs, settings, progress=progress)
         outcomes |= {path.name: outcome for path, outcome in zip(part, trained, strict=True)}
+    refuse_broken(list(outcomes.values()))  # at the end: one bad concept keeps no other from training
     return outcomes
 
 
@@ -146,21 +154,16 @@ def plan_training(folder: Path, token: str, settings: Training, *, skip_bad: boo
     }
 
 
-def read_outcome(out: Path) -> dict[str, Any]:
-    """Read a finished training. Raises UserError where there is none."""
-    path = out / "training.json"
-    if not path.exists():
-        raise UserError(f"{out} holds no finished training: it has no training.json")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> dict[str, Any]:
     """Evaluate what was trained into `out` with `pictures` a prompt. Returns training.json, rewritten."""
     outcome = read_outcome(out)
-    settings = Training(**outcome["settings"])
+    try:
+        settings = Training(**outcome["settings"])
+        folder = Path(outcome["pictures"][0]).parent
+    except (ValidationError, KeyError, IndexError, TypeError):
+        raise UserError(f"{out / 'training.json'} is damaged: its settings or pictures are none") from None
     changes: dict[str, Any] = {"evaluate": pictures} | ({"features": features} if features else {})
     settings = settings.model_copy(update=changes)
     backbone = load_backbone(settings)
-    folder = Path(outcome["pictures"][0]).parent
     concept = read_concept(folder, outcome["token"], settings, backbone, skip_bad=True)
     return evaluate_outcome(backbone, concept, settings, out, outcome)

@@ -10,7 +10,7 @@ import torch
 from t2iprobe.devices import inference_context
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.pipelines import setting_arguments
-from t2iprobe.storage import write_atomically
+from t2iprobe.storage import remove_leftovers, write_atomically
 
 
 def draw_pictures(
@@ -44,6 +44,7 @@ def write_pictures(folder: Path, pictures: Sequence[np.ndarray]) -> list[Path]:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     files = [folder / f"{number}.png" for number in range(len(pictures))]
     for path, picture in zip(files, pictures, strict=True):
         content = io.BytesIO()

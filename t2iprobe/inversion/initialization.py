@@ -1,7 +1,9 @@
 """Where a token's rows begin: at words, at random, or at the word that is nearest to the pictures."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +66,9 @@ def nearest_words(
     CANDIDATES then by the loss itself, on inputs that stay fixed. Kept in the user's cache if `key` is given.
     """
     cache = _cache_file(concept, moments, seed, key) if key else None
-    if cache is not None and cache.exists():
-        return json.loads(cache.read_text(encoding="utf-8"))
+    if cache is not None:
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
+            return json.loads(cache.read_text(encoding="utf-8"))
     words = list_words(next(iter(backbone.encoders.values()))[0])
     if not words:
         raise UserError("the model's vocabulary has no whole words: give --init random")
@@ -74,9 +77,15 @@ def nearest_words(
     losses = _word_losses(backbone, concept, moments, inputs, chosen)
     order = sorted(range(len(chosen)), key=losses.__getitem__)
     ranked: list[list[Any]] = [[chosen[i], losses[i]] for i in order]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise UserError(
+            "the model's loss on the pictures is not a number, with words that it knows: "
+            "give --dtype float32, or another model"
+        )
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps(ranked).encode())
+        with contextlib.suppress(OSError):  # it can be done without
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps(ranked).encode())
     return ranked
 
 

@@ -40,9 +40,8 @@ class Learner:
     ) -> None:
         self.concept, self.out, self.settings, self.method = concept, out, settings, method
         self.moments, self.prior, self.identity = moments, prior, identity
-        cap = settings.max_steps or method.max_steps
         options = {} if settings.every is None else {"every": settings.every}
-        self.stopper: Stopper = make_stopper(settings.stop, method.name, cap, **options)
+        self.stopper: Stopper = make_stopper(settings.stop, method.name, settings.max_steps, **options)
         published = settings.stop == "dvar"  # four inputs, as they fall
         self.items = 4 if published and "items" not in settings.model_fields_set else settings.items
         self.shape = moments.mean.shape[2:]
@@ -50,7 +49,7 @@ class Learner:
             concept, self.shape, self.items, settings.seed,
             code=settings.fixed, stratified=not published, flip=settings.flip,
         )  # fmt: skip
-        self.cap = cap
+        self.cap = settings.max_steps or method.max_steps
         self.decay = settings.average if settings.average is not None else 0.0 if published else 0.95
         self.step = 0
         self.seconds = self.seconds_grids = 0.0
@@ -205,10 +204,7 @@ class Learner:
         if self.first_losses is not None:
             tensors["first_losses"] = self.first_losses
         tensors["sum"] = self._sum.detach().cpu()
-        told = {
-            name: getattr(self, name)
-            for name in KEPT
-        }  # fmt: skip
+        told = {name: getattr(self, name) for name in KEPT}
         told["train_loss"] = [[step, float(loss)] for step, loss in self.train_loss]
         with explain_full_disk(self.out):
             write_atomically(
@@ -219,21 +215,29 @@ class Learner:
 
     def restore(self) -> bool:
         """Continue from the state in the folder. Returns whether there was one."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         path = self.out / "state.safetensors"
         if not path.exists():
             return False
         try:
-            with safe_open(path, "pt") as file:
-                told = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            self._restore(path)
+        except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"the state {path} is damaged ({error}): remove it to train from the start"
+                f"the state {path} is damaged ({type(error).__name__}: {reason}): "
+                "remove it to train from the start"
             ) from None
-        for name, value in told.items():
-            setattr(self, name, value)
+        return True
+
+    def _restore(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in KEPT:
+            setattr(self, name, told[name])
         device = self.method.backbone.device
         self.first_losses = tensors.get("first_losses")
         self._sum = tensors["sum"].to(device)
@@ -252,4 +256,3 @@ class Learner:
         for _, value in self.curve:
             self.stopper.update(value)
         self._good = [value.clone() for value in self.averages]
-        return True

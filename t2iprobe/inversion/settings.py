@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Training(BaseModel):
     """The settings of a training. None: what suits the method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field("embedded", description="embedded, a pipeline folder, a weights file or a hub id")
     variant: str | None = Field(None, description="weight files to take, such as fp16")

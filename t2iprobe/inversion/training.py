@@ -25,13 +25,14 @@ from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.concepts import Concept, Moments, encode_moments
 from t2iprobe.inversion.drawing import draw_pictures, write_pictures
+from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.initialization import initialise
 from t2iprobe.inversion.learner import Learner
 from t2iprobe.inversion.methods import Method, find_method
 from t2iprobe.inversion.objective import denoising_losses
 from t2iprobe.inversion.settings import Training
 from t2iprobe.machine import list_versions
-from t2iprobe.storage import explain_full_disk, hash_files, remove_leftovers, write_atomically
+from t2iprobe.storage import explain_full_disk, hash_files, write_atomically
 
 SCHEMA = "t2iprobe.training/1"
 Progress = Callable[[int, int], None]
@@ -50,26 +51,42 @@ def train_concepts(
     Raises UserError where a folder holds another training, or a loss is not a number (the last good rows
     are then written all the same).
     """
+    outcomes = train_jobs(backbone, jobs, settings, progress=progress)
+    refuse_broken(outcomes)
+    return outcomes
+
+
+def train_jobs(
+    backbone: Backbone,
+    jobs: Sequence[tuple[Concept, Path]],
+    settings: Training,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Do what `train_concepts` does, and leave it to the caller to look for losses that are not a number."""
     method_class = find_method(settings.method)
     method_class.check(backbone)
-    jobs = list(jobs)
     if len({concept.token for concept, _ in jobs}) < len(jobs):
         raise UserError("two concepts have the same token: name them apart")
     if not method_class.shares_pass and len(jobs) > 1:
-        return [train_concepts(backbone, [job], settings, progress=progress)[0] for job in jobs]
+        return [train_jobs(backbone, [job], settings, progress=progress)[0] for job in jobs]
     identities = {out: _identify(settings, concept) for concept, out in jobs}
     done = {out: found for _, out in jobs if (found := _find_finished(out, identities[out]))}
     missing = [(concept, out) for concept, out in jobs if out not in done]
     if missing:
         done |= _train(backbone, missing, settings, method_class, identities, progress)
-    broken = [found for found in done.values() if found["stop"]["rule"] == "nan"]
+    return [done[out] for _, out in jobs]
+
+
+def refuse_broken(outcomes: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError where a loss was not a number."""
+    broken = [found for found in outcomes if found["stop"]["rule"] == "nan"]
     if broken:
         names = ", ".join(found["token"] for found in broken)
         raise UserError(
             f"{names}: {broken[0]['stop']['reason']}; "
-            "try a smaller --row-rate or --dtype float32, with another --out"
+            "try smaller rates (--row-rate, --rate) or --dtype float32, with another --out"
         )
-    return [done[out] for _, out in jobs]
 
 
 def _identify(settings: Training, concept: Concept) -> dict[str, Any]:
@@ -86,39 +103,30 @@ def _identify(settings: Training, concept: Concept) -> dict[str, Any]:
 
 
 def _find_finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    path = out / "settings.json"
-    with explain_full_disk(out):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{out} is a file: give --out a folder") from None
-        remove_leftovers(out)
-        if not path.exists():
-            write_atomically(path, json.dumps(identity, indent=1).encode())
-            return None
+    """Return a folder's outcome, None where there is none yet. Raises UserError for another training's."""
+    check_folder(out, identity, "training", ("training.json", "state.safetensors"))
+    if not (out / "training.json").exists():
+        return None
+    outcome = read_outcome(out)
+    page = out / "report.html"
+    if not page.exists() or page.stat().st_mtime_ns < (out / "training.json").stat().st_mtime_ns:
+        _write_page(out)  # a kill came between the two
+    return outcome
+
+
+def read_outcome(out: Path) -> dict[str, Any]:
+    """Read a finished training. Raises UserError where there is none, or it is damaged."""
+    path = out / "training.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is damaged: give --out another folder") from None
-    if stored != identity:
-        raise UserError(
-            f"{out} holds another training ({_differences(stored, identity)}): give another --out"
-        )
-    finished = out / "training.json"
-    return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    pairs = [(f"{key}", stored.get(key), value) for key, value in wanted.items() if key != "settings"]
-    kept = stored.get("settings", {})
-    pairs += [(key, kept.get(key), value) for key, value in wanted["settings"].items()]
-    told = [f"{key}: {_short(old)} there, {_short(new)} now" for key, old, new in pairs if old != new]
-    return "; ".join(told[:3])
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        whole = outcome["schema"] == SCHEMA and outcome["stop"]["rule"] and outcome["settings"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{out} holds no finished training: it has no training.json") from None
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: remove it, and the same command trains again")
+    return outcome
 
 
 def _train(
@@ -129,6 +137,7 @@ def _train(
     identities: dict[Path, dict[str, Any]],
     progress: Progress | None,
 ) -> dict[Path, dict[str, Any]]:
+    _check_features(backbone, settings)
     prior = _make_prior(backbone, settings, method_class)
     method = method_class(backbone, {concept.token: settings.vectors for concept, _ in jobs}, settings.rank)
     try:
@@ -137,6 +146,7 @@ def _train(
             for concept, out in jobs
         ]
         for learner in learners:
+            claim_folder(learner.out, learner.identity)  # whatever the input lacks was told before
             learner.restore()
         if settings.compile:
             backbone.denoiser.compile_repeated_blocks()
@@ -164,6 +174,14 @@ def _make_learner(
     learner.seconds = time.perf_counter() - began
     learner.begin()
     return learner
+
+
+def _check_features(backbone: Backbone, settings: Training) -> None:
+    """Load what compares pictures, to tell before a training what would be told after it."""
+    from t2iprobe.inversion.features import load_features
+
+    if settings.features != "auto" and (settings.evaluate or settings.stop == "clip"):
+        load_features(settings.features, str(backbone.device), backbone.dtype)
 
 
 def _on(moments: Moments, device: torch.device) -> Moments:
@@ -199,6 +217,9 @@ def _run(
         if not learner.curve:
             _look(backbone, [learner])
             _draw_grid(backbone, learner)
+        if learner.stopped is not None:  # its first loss is not a number
+            outcomes[learner.out] = _finish(backbone, learner)
+    active = [learner for learner in active if learner.stopped is None]
     while active:
         began = time.perf_counter()
         _step(backbone, active)
@@ -347,14 +368,17 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
 
 def _write_outcome(out: Path, outcome: dict[str, Any]) -> None:
     """Write training.json and the report, and remove the state that is no longer needed."""
+    content = json.dumps(outcome, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    with explain_full_disk(out):
+        write_atomically(out / "training.json", content)
+    _write_page(out)
+
+
+def _write_page(out: Path) -> None:
     from t2iprobe.inversion.report import write_report
 
-    with explain_full_disk(out):
-        write_atomically(
-            out / "training.json", json.dumps(outcome, indent=1, ensure_ascii=False, allow_nan=False).encode()
-        )
-        write_report(out)
-        (out / "state.safetensors").unlink(missing_ok=True)
+    (out / "state.safetensors").unlink(missing_ok=True)
+    write_report(out)
 
 
 def _evaluate(backbone: Backbone, learner: Learner) -> dict[str, Any] | None:

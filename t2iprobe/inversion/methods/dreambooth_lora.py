@@ -7,6 +7,7 @@ import torch
 
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.methods.base import Method
+from t2iprobe.inversion.weight_files import write_safetensors
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -42,12 +43,16 @@ class DreamBoothLora(Method):
 
     def save(self, token: str, folder: Path, metadata: Mapping[str, str]) -> list[str]:
         """Write the adapters by the pipeline's own ``save_lora_weights``, and the rows beside them."""
+
+        def write(weights: dict[str, torch.Tensor], path: str) -> None:
+            write_safetensors(Path(path), weights, metadata)  # whole or not at all
+
         from peft.utils import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self.backbone.denoiser, adapter_name="default")
         layers = {name: value.detach().float().cpu().contiguous() for name, value in layers.items()}
         self.backbone.pipeline.save_lora_weights(
-            str(folder), **{f"{self.backbone.denoiser_name}_lora_layers": layers}, safe_serialization=True
+            str(folder), **{f"{self.backbone.denoiser_name}_lora_layers": layers}, save_function=write
         )
         return ["pytorch_lora_weights.safetensors", *super().save(token, folder, metadata)]
 
