@@ -191,7 +191,9 @@ def teach(
     as_json: AsJson = False,
 ) -> None:
     """Teach the model words that a probe found unknown, and probe them again with the same seeds."""
-    out = out or run.with_name(f"{run.name}-taught")
+    if out is None:
+        run = run.resolve()  # it may be "."
+        out = run.with_name(f"{run.name}-taught")
     try:
         from t2iprobe.inversion.commands import load_training
         from t2iprobe.inversion.teaching import teach as teach_words

@@ -101,6 +101,16 @@ def test_inspect_tells_what_a_file_holds(trained: Path) -> None:
     assert "none.safetensors" in missing.err
 
 
+def test_an_adapter_carries_its_recipe(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call(*train(pictures, tiny_model, out, "--method", "dreambooth-lora"))
+    file = out / "pytorch_lora_weights.safetensors"
+    found = json.loads(call("inversion", "inspect", file, "--json").out)
+    assert (found["kind"], found["rank"]) == ("lora", 4)
+    assert found["metadata"].keys() >= {"base_model", "base_model_hash", "steps", "stop_reason", "recipe"}
+    call("inversion", "convert", file, tmp_path / "kohya.safetensors", "--to", "kohya")
+
+
 def test_convert_writes_every_form(trained: Path, tmp_path: Path) -> None:
     source = trained / "learned_embeds.safetensors"
     (rows,) = load_file(source).values()

@@ -25,6 +25,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.concepts import Concept, Moments, encode_moments
 from t2iprobe.inversion.drawing import draw_pictures, write_pictures
+from t2iprobe.inversion.embeddings import token_parts
 from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.initialization import initialise
 from t2iprobe.inversion.learner import Learner
@@ -35,6 +36,7 @@ from t2iprobe.machine import list_versions
 from t2iprobe.storage import explain_full_disk, hash_files, write_atomically
 
 SCHEMA = "t2iprobe.training/1"
+MAX_TOKENS = 77  # of a prompt, in every text encoder that takes rows
 Progress = Callable[[int, int], None]
 
 
@@ -165,6 +167,7 @@ def _make_learner(
     identity: dict[str, Any],
 ) -> Learner:
     """Return a learner whose rows are initialised; the time that takes is part of its training's."""
+    _check_room(method, concept)
     began = time.perf_counter()
     moments = _on(encode_moments(backbone, concept), backbone.device)
     learner = Learner(concept, out, settings, method, moments, prior, identity)
@@ -182,6 +185,25 @@ def _check_features(backbone: Backbone, settings: Training) -> None:
 
     if settings.features != "auto" and (settings.evaluate or settings.stop == "clip"):
         load_features(settings.features, str(backbone.device), backbone.dtype)
+
+
+def _check_room(method: Method, concept: Concept) -> None:
+    """Raise UserError for a caption of which a text encoder reads so little that the token is cut off."""
+    rows = method.rows
+    last = token_parts(concept.token, rows.tokens[concept.token])[-1]
+    for tokenizer, _ in method.backbone.encoders.values():
+        for caption in concept.captions or concept.templates:
+            text = rows.expand(caption.replace("{}", concept.token))
+            ids = tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
+            if tokenizer.convert_tokens_to_ids(last) not in ids:
+                raise UserError(
+                    f"the caption {_short(caption)!r} is too long: of the {MAX_TOKENS} tokens that are read "
+                    f"none is left for {last}"
+                )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _on(moments: Moments, device: torch.device) -> Moments:

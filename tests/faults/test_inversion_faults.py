@@ -143,7 +143,7 @@ def test_a_killed_script_goes_on_with_what_is_left(tiny_model: Path, tmp_path: P
     for seed, name in enumerate(("cat", "cow", "dog")):
         draw_concept(tmp_path / "concepts" / name, seed)
     out = tmp_path / "out"
-    settings = [f"--set={pair}" for pair in ("max_steps=40", "every=1", "dtype=float32", "init=thing")]
+    settings = [f"--set={pair}" for pair in ("max_steps=20", "every=1", "dtype=float32", "init=thing")]
     settings += [word for word in QUICK if word.startswith("--set")]
     words = [
         *(SCRIPTS / "train_concepts.py", tmp_path / "concepts", "--out", out, "--model", tiny_model),
@@ -161,7 +161,7 @@ def test_a_killed_script_goes_on_with_what_is_left(tiny_model: Path, tmp_path: P
     assert (stopped.code, stopped.err) == (130, "train_concepts: stopped: the same command continues\n")
 
     done = json.loads(call(*words, "--json").out)
-    assert {name: found["steps"] for name, found in done.items()} == {"cat": 40, "cow": 40, "dog": 40}
+    assert {name: found["steps"] for name, found in done.items()} == {"cat": 20, "cow": 20, "dog": 20}
     assert {name: (out / name / "training.json").stat().st_mtime_ns for name in first} == first
     check_whole(out)
 
@@ -405,6 +405,8 @@ def test_a_token_that_cannot_be_one_is_refused(
         (["--stop", "plato"], "there is no stopping rule 'plato': choose plateau"),
         (["--fixed", "1111"], "the code of fixed parts is five of 0 and 1"),
         (["--vectors", "0"], "bad value for vectors: 0"),
+        (["--vectors", "80"], "of the 77 tokens that are read none is left for <cat>#79"),
+        (["--template", f"{'very ' * 20}old {{}}"], "is too long: of the 77 tokens"),
         (["--row-rate", "inf"], "bad value for row_rate: inf"),
         (["--template", "a photo"], "the template 'a photo' has no place for the token"),
         (["--init", ","], "--init takes nearest, random, or words by commas"),

@@ -1,6 +1,7 @@
 """The closed loop: what is drawn before and after differs by what was learned, and by nothing else."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,9 @@ def test_the_results_are_those_of_the_pictures(run: Path, taught: Path) -> None:
 
 
 def test_the_same_call_draws_nothing_again_and_another_method_joins(
-    run: Path, taught: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, taught: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    taught = Path(shutil.copytree(taught, tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in (taught / "probe").rglob("*.npz")}
     old = json.loads((taught / "results.json").read_text())
     drawn: list[str] = []
