@@ -9,7 +9,7 @@ AdamW on the whole embedding matrix, all other rows put back after each step, 16
 step, 5000 steps, nothing watched. (b) is published DVAR (arXiv 2302.04841) with its settings for textual
 inversion: one row, 2 pictures encoded at each step, 4 fixed items looked at after each backward, window 310,
 eps .15, 6100 steps at most. Both are in `published_inversion.py`. (c) is `train_concepts` with its defaults,
-(d) the same with eight concepts in one pass.
+(d) the same with eight concepts in one pass. Asked for with --arms abecd, (e) is (b) at our rate.
 
 The arms advance in turn, the one that has done the least share of its work next, and each has a clock that
 runs in its turns only. Killed, the same command continues.
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from inversion_flops import SIZES, count, count_parts, make_sd15, table_flops
-from published_inversion import METHOD, SD_RMS, PublishedDVAR, Reference, Stock
+from published_inversion import METHOD, SD_RMS, GentleDVAR, PublishedDVAR, Reference, Stock
 
 from t2iprobe.errors import UserError
 from t2iprobe.intervals import describe_difference, describe_mean, interval
@@ -66,6 +66,7 @@ NAMES = {
     "0": "the word that all begin at",
     "a": "(a) diffusers' example",
     "b": "(b) published DVAR",
+    "e": "(e) DVAR at our rate",
     "c": "(c) ours, one concept",
     "d": "(d) ours, several in one pass",
 }
@@ -468,6 +469,7 @@ def judge(
     for slow, fast, least, clock in (
         ("a", "c", 15, seconds),
         ("b", "c", 2, seconds),
+        ("e", "c", 2, seconds),
         ("c", "d", 2, every),
     ):
         if {slow, fast} <= set(clock):
@@ -570,7 +572,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         name: read_concept(ASSETS / name, name_token(name.split(".")[0]), settings, backbone)
         for name in together
     }
-    references: dict[str, type[Reference]] = {"a": Stock, "b": PublishedDVAR}
+    references: dict[str, type[Reference]] = {"a": Stock, "b": PublishedDVAR, "e": GentleDVAR}
     bench = Bench(
         load=lambda: load_backbone(settings),
         concepts=concepts,

@@ -16,6 +16,7 @@ import torch
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.concepts import Concept
 from t2iprobe.inversion.embeddings import Rows
+from t2iprobe.inversion.methods import TextualInversion
 from t2iprobe.inversion.objective import make_generator
 from t2iprobe.inversion.stopping import make_stopper
 
@@ -212,3 +213,9 @@ class PublishedDVAR(Reference):
         self.curve = state["curve"]
         for value in self.curve:
             self.stopper.update(value)
+
+
+class GentleDVAR(PublishedDVAR):
+    """The same with our default rate: what of a comparison is the rate's doing."""
+
+    rate = TextualInversion.row_rate * SD_RMS

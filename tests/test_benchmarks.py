@@ -209,14 +209,15 @@ def test_the_benchmark_runs_and_continues(
 ) -> None:
     arguments = ["--quick", "--model", str(tiny_model), "--concepts", "harp.n.01", "--set", "init=a"]
     arguments += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "found.json"), "--slice", "0"]
+    arguments += ["--arms", "abecd"]
     bench.main(arguments)
     first = json.loads((tmp_path / "found.json").read_text())
-    assert set(first["arms"]) == set("0abcd")
+    assert set(first["arms"]) == set("0abcde")
     assert "(d) at least 2 times the concepts a minute of (c): **" in capsys.readouterr().out
     (tmp_path / "work" / "b" / "seed_0" / "harp.n.01.json").unlink()  # as if it had been killed there
     bench.main(arguments)
     again = json.loads((tmp_path / "found.json").read_text())
-    for letter in "0acd":
+    for letter in "0aecd":
         assert again["arms"][letter] | first["arms"][letter] == first["arms"][letter] | again["arms"][letter]
     assert again["arms"]["b"]["likeness"] == first["arms"]["b"]["likeness"]
     with pytest.raises(bench.UserError, match="another model or other settings"):
