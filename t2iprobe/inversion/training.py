@@ -194,10 +194,11 @@ def _check_room(method: Method, concept: Concept) -> None:
     for tokenizer, _ in method.backbone.encoders.values():
         for caption in concept.captions or concept.templates:
             text = rows.expand(caption.replace("{}", concept.token))
-            ids = tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids
+            length = min(MAX_TOKENS, tokenizer.model_max_length)
+            ids = tokenizer(text, truncation=True, max_length=length).input_ids
             if tokenizer.convert_tokens_to_ids(last) not in ids:
                 raise UserError(
-                    f"the caption {_short(caption)!r} is too long: of the {MAX_TOKENS} tokens that are read "
+                    f"the caption {_short(caption)!r} is too long: of the {length} tokens that are read "
                     f"none is left for {last}"
                 )
 
