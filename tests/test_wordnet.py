@@ -62,7 +62,8 @@ def test_nothing_is_downloaded(monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
     wordnet.reader.cache_clear()
     assert wordnet.synset("camel").lemma_names() == ["camel"]
-    assert wordnet.synset("camel").hyponyms()[0].name() == "arabian_camel.n.01"
+    below = {synset.name() for synset in wordnet.synset("camel").hyponyms()}  # nltk keeps no order
+        assert below == {"arabian_camel.n.01", "bactrian_camel.n.01"}
 
 
 def test_suggest_lists_near_names_only():
