@@ -63,7 +63,7 @@ def test_nothing_is_downloaded(monkeypatch):
     wordnet.reader.cache_clear()
     assert wordnet.synset("camel").lemma_names() == ["camel"]
     below = {synset.name() for synset in wordnet.synset("camel").hyponyms()}  # nltk keeps no order
-        assert below == {"arabian_camel.n.01", "bactrian_camel.n.01"}
+    assert below == {"arabian_camel.n.01", "bactrian_camel.n.01"}
 
 
 def test_suggest_lists_near_names_only():
