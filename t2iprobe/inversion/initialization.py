@@ -18,8 +18,9 @@ from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.objective import Inputs, denoising_losses, draw_inputs, make_generator
 from t2iprobe.storage import write_atomically
 
-CANDIDATES = 32  # words whose loss is computed, of all words that the gradient ranks
-ITEMS = 8
+# Successive halving: so many words are judged on so many fixed inputs each, the best go on.
+ROUNDS = ((1024, 1), (96, 4), (24, 8))
+ITEMS = ROUNDS[-1][1]
 
 
 def initialise(
@@ -62,8 +63,9 @@ def nearest_words(
 ) -> list[list[Any]]:
     """Return [word, loss] of the vocabulary's words with which the model denoises the pictures best.
 
-    All words are ranked by the loss's gradient at their mean (one backward and one product), the best
-    CANDIDATES then by the loss itself, on inputs that stay fixed. Kept in the user's cache if `key` is given.
+    The loss is computed for every word on one fixed input, for the best of them on more (ROUNDS). Of a
+    vocabulary larger than the first round, that many words are chosen by the loss's gradient at the words'
+    mean. Kept in the user's cache if `key` is given.
     """
     cache = _cache_file(concept, moments, seed, key) if key else None
     if cache is not None:
@@ -73,10 +75,15 @@ def nearest_words(
     if not words:
         raise UserError("the model's vocabulary has no whole words: give --init random")
     inputs = draw_inputs(concept, moments.mean.shape[2:], ITEMS, (seed, concept.token, "nearest"))
-    chosen = [words[i] for i in _rank_by_gradient(backbone, rows, concept, moments, inputs, words)]
-    losses = _word_losses(backbone, concept, moments, inputs, chosen)
-    order = sorted(range(len(chosen)), key=losses.__getitem__)
-    ranked: list[list[Any]] = [[chosen[i], losses[i]] for i in order]
+    chosen = words
+    if len(words) > ROUNDS[0][0]:
+        ranks = _rank_by_gradient(backbone, rows, concept, moments, inputs, words)
+        chosen = [words[place] for place in ranks[: ROUNDS[0][0]]]
+    for most, items in ROUNDS:
+        losses = _word_losses(backbone, concept, moments, _spread(inputs, items), chosen[:most])
+        order = sorted(range(len(losses)), key=losses.__getitem__)
+        chosen, losses = [chosen[place] for place in order], [losses[place] for place in order]
+    ranked: list[list[Any]] = [[word, loss] for word, loss in zip(chosen, losses, strict=True)]
     if not all(math.isfinite(loss) for loss in losses):
         raise UserError(
             "the model's loss on the pictures is not a number, with words that it knows: "
@@ -113,7 +120,21 @@ def _rank_by_gradient(
     for name, gradient in zip(parameters, gradients, strict=True):
         matrix = matrices[name]
         scores += (matrix - matrix.mean(0)) @ gradient.float().sum(0)
-    return scores.argsort()[:CANDIDATES].tolist()
+    return scores.argsort().tolist()
+
+
+def _spread(inputs: Inputs, items: int) -> Inputs:
+    """Return that many of the inputs, evenly spread over the amounts of noise."""
+    every = len(inputs.captions) / items
+    chosen = inputs.quantiles.argsort()[((torch.arange(items) + 0.5) * every).long()]
+    return Inputs(
+        pictures=inputs.pictures[chosen],
+        flips=inputs.flips[chosen],
+        latents=inputs.latents[chosen],
+        noise=inputs.noise[chosen],
+        captions=[inputs.captions[place] for place in chosen],
+        quantiles=inputs.quantiles[chosen],
+    )
 
 
 @torch.no_grad()
@@ -123,9 +144,10 @@ def _word_losses(
     moments: Moments,
     inputs: Inputs,
     words: Sequence[str],
-    together: int = 8,
+    batch: int = 64,
 ) -> list[float]:
     losses: list[float] = []
+    together = max(1, batch // len(inputs.captions))
     for start in range(0, len(words), together):
         part = words[start : start + together]
         prompts = [caption.replace(concept.token, word) for word in part for caption in inputs.captions]
@@ -135,7 +157,7 @@ def _word_losses(
 
 
 def _cache_file(concept: Concept, moments: Moments, seed: int, key: str) -> Path:
-    digest = hashlib.sha256(f"{key}/{seed}/{concept.captions or concept.templates}".encode())
+    digest = hashlib.sha256(f"{ROUNDS}/{key}/{seed}/{concept.captions or concept.templates}".encode())
     digest.update(concept.pictures.numpy().tobytes())
     digest.update(str(tuple(moments.mean.shape)).encode())
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -78,7 +78,7 @@ def test_the_nearest_word_is_the_one_that_denoises_best() -> None:
 
 
 @pytest.mark.slow
-def test_the_gradients_ranking_holds_good_words() -> None:
+def test_one_of_the_best_words_of_all_is_found() -> None:
     """Of all words of the vocabulary, exhaustively judged, one of the five best is among those looked at."""
     backbone = make_backbone(load_pipeline("embedded", dtype="float32"))
     concept = load_concept(HARP, "<harp>", size=backbone.size, templates=["An image of a {}."])
