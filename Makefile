@@ -16,7 +16,7 @@ probe: $(VENV)/installed  ## draw, judge and report all 860 synsets with the pac
 teach: $(VENV)/installed  ## teach the words that the packaged model never saw, by three methods, and probe them again
 	@mkdir -p runs
 	$(BIN)/t2iprobe hypernymy run concepts --out runs/concepts
-	$(BIN)/t2iprobe inversion teach runs/concepts --method all --set rate=0.002 --set max_steps=250 --out runs/taught
+	$(BIN)/t2iprobe inversion teach runs/concepts --method all --set rate=0.002 --set max_steps=150 --out runs/taught
 	@echo "The report: runs/taught/report.html"
 
 test: $(VENV)/installed  ## the quick tests, without network
