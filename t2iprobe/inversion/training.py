@@ -15,8 +15,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from t2iprobe.inversion.objective import denoising_losses
 from t2iprobe.inversion.settings import Training
 from t2iprobe.machine import list_versions
 from t2iprobe.storage import explain_full_disk, hash_files, write_atomically
+
+if TYPE_CHECKING:
+    from t2iprobe.inversion.features import Features
 
 SCHEMA = "t2iprobe.training/1"
 MAX_TOKENS = 77  # of a prompt, in every text encoder that takes rows
@@ -179,12 +183,18 @@ def _make_learner(
     return learner
 
 
-def _check_features(backbone: Backbone, settings: Training) -> None:
-    """Load what compares pictures, to tell before a training what would be told after it."""
+@lru_cache(maxsize=1)
+def _load_features(spec: str, device: str, dtype: str) -> "Features":
+    """Load what compares pictures, once for all looks of the clip rule."""
     from t2iprobe.inversion.features import load_features
 
+    return load_features(spec, device, dtype)
+
+
+def _check_features(backbone: Backbone, settings: Training) -> None:
+    """Load what compares pictures, to tell before a training what would be told after it."""
     if settings.features != "auto" and (settings.evaluate or settings.stop == "clip"):
-        load_features(settings.features, str(backbone.device), backbone.dtype)
+        _load_features(settings.features, str(backbone.device), backbone.dtype)
 
 
 def _check_room(method: Method, concept: Concept) -> None:
@@ -299,9 +309,7 @@ def _look(backbone: Backbone, due: Sequence[Learner]) -> None:
 
 def _clip_score(backbone: Backbone, learner: Learner) -> float:
     """Return the mean cosine of eight pictures drawn now with the concept's pictures (CLIP-s, published)."""
-    from t2iprobe.inversion.features import load_features
-
-    features = load_features(learner.settings.features, str(backbone.device), backbone.dtype)
+    features = _load_features(learner.settings.features, str(backbone.device), backbone.dtype)
     prompts = [learner.concept.templates[number % len(learner.concept.templates)] for number in range(8)]
     prompts = [learner.method.rows.expand(p.replace("{}", learner.concept.token)) for p in prompts]
     drawn = draw_pictures(

@@ -1,17 +1,15 @@
 """What goes wrong in real life, done for real: kills, full disks, damaged files, pictures of nothing."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import file_limit
 from PIL import Image
 
 from t2iprobe.config import Study, load_study
@@ -59,17 +57,6 @@ def stop(process: subprocess.Popen[str], run: Path, signum: int, shards: int) ->
 
 def read_pictures(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): Image.open(path).tobytes() for path in out.glob("pictures/*/*.png")}
-
-
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """Let this process write no file larger than `size` bytes: for a write the same as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_run_that_is_killed_and_stopped_draws_every_picture_once(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 import io
 import pickle
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import file_limit
 from safetensors.torch import save_file
 
 from t2iprobe.errors import UserError
@@ -150,17 +149,6 @@ def test_files_of_something_else_are_named(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
         assert name in str(raised.value)
     assert read_embedding(tmp_path / "number.pt")[0].token == "3"
-
-
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """Let this process write no file larger than `size` bytes: for a write the same as a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("form", FORMS)
