@@ -263,3 +263,14 @@ def test_two_concepts_of_one_token_are_refused(tiny_model: Path, tmp_path: Path)
         draw_concept(tmp_path / "concepts" / name)
     with pytest.raises(UserError, match="same token"):
         train_folders(tmp_path / "concepts", settings_for(tiny_model), tmp_path / "out")
+
+
+def test_the_clip_rule_watches_likeness_to_the_pictures(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model, stop="clip", every=2, max_steps=4)
+    found = train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)["cat"]
+    assert found["stop"]["rule"] == "clip"
+    assert [step for step, _ in found["curve"]] == [0, 2, 4]
+    assert all(-1 <= likeness <= 1 for _, likeness in found["curve"])
+    assert len({likeness for _, likeness in found["curve"]}) > 1  # pictures of now, not of the beginning
