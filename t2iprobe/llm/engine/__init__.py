@@ -1,1 +1,1 @@
-"""Lossless draft trees: guesses grown into a tree, verified in one pass of the target, kept where confirmed."""
+"""Lossless draft trees: grow guesses, verify them in one pass of the target, keep what it confirms."""
