@@ -56,7 +56,7 @@ def best_expected_tokens(acceptance: Sequence[float] | np.ndarray, nodes: int, d
 def _check(acceptance: Sequence[float] | np.ndarray) -> np.ndarray:
     chances = np.asarray(acceptance, dtype=np.float64)
     if chances.ndim != 1 or not (chances >= 0).all() or not chances.sum() <= 1 + 1e-6:
-        raise ValueError(f"an acceptance vector holds shares that sum to at most 1, not {acceptance}")
+        raise ValueError(f"an acceptance vector holds shares that sum to at most 1, not {chances.tolist()}")
     return chances
 
 
