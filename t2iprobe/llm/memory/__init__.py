@@ -1,0 +1,1 @@
+"""Weights in slow memory: packed by layer, read ahead, held in few buffers."""
