@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +29,11 @@ __all__ = [
     "LanguageModelFiles",
     "build_folder_once",
     "cache_folder",
+    "decoder_layers",
     "find_language_model",
     "load_language_model",
     "load_tokenizer",
+    "load_without_layers",
 ]
 
 # A transformers.PreTrainedModel and a PreTrainedTokenizerBase.
@@ -103,7 +105,6 @@ def load_language_model(
             model, report = loader.from_pretrained(
                 files.folder,
                 dtype=_resolve_dtype(dtype, device),
-                attn_implementation="sdpa",
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -111,9 +112,70 @@ def load_language_model(
         raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
     if lacking := sorted(report["missing_keys"]):
         raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{files.name!r} is an encoder with a decoder: give a decoder-only language model")
+    _check_decoder(model, files.name)
     return model.to(device).requires_grad_(False).eval()
+
+
+def load_without_layers(
+    files: LanguageModelFiles, rest: Mapping[str, "torch.Tensor"], *, dtype: str = "auto", device: str = "cpu"
+) -> LanguageModel:
+    """Make a model whose layers hold no weights (their parameters are on the meta device).
+
+    `rest` is everything else, name in the checkpoint → tensor; its first tensor's dtype counts as the
+    checkpoint's. Raises UserError where a tensor is missing or has another shape.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    device = resolve_device(device)
+    chosen = _resolve_dtype(dtype, device)
+    if isinstance(chosen, str):
+        chosen = next(iter(rest.values())).dtype
+    try:
+        with _quiet_transformers(), init_empty_weights(include_buffers=False):
+            config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=chosen)
+            if (files.folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(
+                    files.folder, local_files_only=True
+                )
+        named = {name: tensor.to(device, chosen) for name, tensor in _name_as_in(model, rest).items()}
+        model.load_state_dict(named, strict=False, assign=True)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
+    _check_decoder(model, files.name)
+    model.tie_weights()
+    in_layers = {id(parameter) for parameter in decoder_layers(model).parameters()}
+    lacking = [name for name, each in model.named_parameters() if each.is_meta and id(each) not in in_layers]
+    if lacking:
+        raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
+    for buffered in model.modules():
+        for name, buffer in buffered.named_buffers(recurse=False):
+            setattr(buffered, name, buffer.to(device))
+    return model.requires_grad_(False).eval()
+
+
+def decoder_layers(model: LanguageModel) -> "torch.nn.ModuleList":
+    """Return the list of a model's decoder layers, whatever its family calls it."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{model.config.model_type} models have no list of {count} layers")
+
+
+def _name_as_in(model: LanguageModel, tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """Name a checkpoint's tensors as the model does: old ones leave out the prefix of the model's base."""
+    known = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    return {name if name in known else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _check_decoder(model: LanguageModel, name: str) -> None:
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{name!r} is an encoder with a decoder: give a decoder-only language model")
 
 
 def load_tokenizer(files: LanguageModelFiles) -> Tokenizer:
