@@ -90,6 +90,7 @@ def pack_layers(folder: Path, out: Path, dtype: str | None = None) -> Packed:
         packed, packed_model = _open(out)
         if packed_model == model:
             return packed
+        (out / INDEX).unlink(missing_ok=True)
     prefix, layers = _group_by_layer(folder, weights)
     rest = {name: name for name in weights if name not in {old for layer in layers for old in layer.values()}}
     groups = {f"layer_{number:03}.safetensors": layer for number, layer in enumerate(layers)}
@@ -97,7 +98,6 @@ def pack_layers(folder: Path, out: Path, dtype: str | None = None) -> Packed:
     with explain_full_disk(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        (out / INDEX).unlink(missing_ok=True)
         files = {}
         for file, names in groups.items():
             if not _was_packed(out / file, model):
