@@ -90,7 +90,7 @@ def grow_shaped(root_token: int, shape: TreeShape, generator: torch.Generator | 
             q = log_q.to(generator.device, torch.float64).exp()
             tokens = (q / torch.empty_like(q).exponential_(generator=generator)).topk(count).indices
             scores = q.gather(-1, tokens).log()
-            drawn_from.update(zip(level, q.cpu(), strict=True))
+            drawn_from.update(zip(level, q.cpu().unbind(), strict=True))
         for place, row, found in zip(level, scores.tolist(), tokens.tolist(), strict=True):
             for child, score, token in zip(children[place], row, found, strict=False):
                 if score > -torch.inf:

@@ -110,6 +110,11 @@ class Processing:
         self.sampling = sampling
         self._readers, self._warpers = [*readers, *processors], warpers
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether the histories matter; if not, none need be given."""
+        return bool(self._readers)
+
     def __call__(self, logits: Tensor, paths: Sequence[Tensor]) -> Tensor:
         """Return log-probabilities float64, as `logits` [V] of one node or [m, V] of several.
 

@@ -95,12 +95,14 @@ def make_tree(
         ranks.append(len(siblings[parent]))
         siblings[parent].add(token)
         siblings.append(set())
+    origin = range(len(tokens)) if origin is None else origin
+    rows = torch.tensor([[*tokens], [*parents], depths, ranks, [*origin]])
     return DraftTree(
-        tokens=torch.tensor(tokens),
-        parents=torch.tensor(parents),
-        depths=torch.tensor(depths),
+        tokens=rows[0],
+        parents=rows[1],
+        depths=rows[2],
         log_probs=torch.tensor([0.0] * len(tokens) if log_probs is None else log_probs, dtype=torch.float64),
-        ranks=torch.tensor(ranks),
-        origin=torch.tensor(range(len(tokens)) if origin is None else origin),
+        ranks=rows[3],
+        origin=rows[4],
         draft_probs=draft_probs,
     )

@@ -4,7 +4,8 @@
 only says whether the next one is known, too (SpecExec, arXiv 2406.02532, section 4). `verify_residual` is for
 trees of which the children were drawn from the draft: a child is accepted or rejected so that draft and
 correction together follow the target (Sequoia, arXiv 2402.12374, algorithm 2). Each refuses the other's tree,
-with which it would be wrong. Both ask for the target's log-probabilities at visited nodes only.
+so that they are never mixed. Both ask for the target's log-probabilities at visited nodes only, and both want
+noise that is fresh in each round: noise used twice ties tokens together that are independent.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ def verify_match(tree: DraftTree, log_p: Callable[[int], Tensor], draw: Callable
     """Walk down the tree as long as the target's own tokens are in it.
 
     `log_p` gives the target's processed log-probabilities [V] after a node, `draw` a token from them. Raises
-    ValueError for a tree that was drawn at random: its siblings carry what they were drawn for into the text.
+    ValueError for a tree that was drawn at random.
     """
     if tree.draft_probs is not None:
         raise ValueError("the match verifier takes deterministic trees only: verify this one by its residual")
@@ -54,7 +55,8 @@ def verify_residual(tree: DraftTree, log_p: Callable[[int], Tensor], generator: 
 
     After a rejection p becomes norm(max(p − q, 0)), and q loses x, as in drawing without replacement. Where
     no child is accepted, the token is drawn from what p has become. All in float64. `log_p` gives the
-    target's processed log-probabilities [V] after a node. Raises ValueError for a tree without `draft_probs`.
+    target's processed log-probabilities [V] after a node. Raises ValueError for a tree without `draft_probs`,
+    for which this would be wrong.
     """
     if tree.draft_probs is None:
         raise ValueError("the residual verifier takes trees that were drawn at random only: verify by match")
