@@ -22,14 +22,16 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,7 @@ from t2iprobe.inversion.evaluation import COMPANIONS, choose_prompts, measure, p
 from t2iprobe.inversion.features import load_features
 from t2iprobe.inversion.formats import Embedding, fit_vectors, read_embedding, write_embedding
 from t2iprobe.inversion.initialization import nearest_words
+from t2iprobe.inversion.methods import TextualInversion
 from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.stopping import PRESETS
 from t2iprobe.inversion.training import train_concepts
@@ -95,38 +98,25 @@ class Unit:
         return sum(steps > number for steps in self.steps)
 
 
-class Arm(threading.Thread):
-    """Trains its units one after the other, in its turns; `guess` is how many passes one may take."""
+class Clock:
+    """Times the passes of an arm, which works in a process of its own and in its turns only.
 
-    def __init__(self, units: Sequence[Unit], train: Callable[[Unit, Arm], None], guess: int) -> None:
-        super().__init__(daemon=True)
-        self.units, self.train, self.guess = units, train, guess
+    Threads of one process would do, but each has its own team of OpenMP threads, which slow each other.
+    A turn begins with a line on stdin, its seconds; it ends with a line on stdout, units and passes done.
+    """
+
+    def __init__(self) -> None:
         self.finished = 0
-        self.over = False
-        self.error: BaseException | None = None
         self.running: Unit | None = None
-        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._slice = self._turn_began = self._began = 0.0
 
-    @property
-    def share(self) -> float:
-        """How much of its work is done, 0..1."""
-        passes = len(self.running.seconds) if self.running else 0
-        return (self.finished + min(passes / self.guess, 0.99)) / len(self.units)
-
-    def run(self) -> None:
-        """Train all units."""
-        self._turn.acquire()
-        try:
-            for unit in self.units:
-                self.running = unit
-                self.train(unit, self)
-                self.running = None
-                self.finished += 1
-        except BaseException as error:
-            self.error = error
-        self.over = True
-        self._back.release()
+    def wait(self) -> None:
+        """Hand the turn back, and wait for the next."""
+        print(self.finished, len(self.running.seconds) if self.running else 0, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit(1)  # whoever gives the turns is gone
+        self._slice, self._turn_began = float(line), time.perf_counter()
 
     def begin(self) -> None:
         """Start the clock of the unit's first pass, once a model is loaded."""
@@ -140,36 +130,66 @@ class Arm(threading.Thread):
         now = time.perf_counter()
         self.running.seconds.append(now - self._began)
         if now - self._turn_began > self._slice:
-            self._back.release()
-            self._turn.acquire()
-            self._turn_began = time.perf_counter()
+            self.wait()
         self._began = time.perf_counter()
+
+
+class Arm:
+    """An arm at work: `command` trains so many units, `guess` is how many passes one may take."""
+
+    def __init__(self, command: Sequence[str], units: int, guess: int) -> None:
+        self.units, self.guess = units, guess
+        self.finished = self.passes = 0
+        self.over = False
+        self._process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+        self._hear()
+
+    @property
+    def share(self) -> float:
+        """How much of its work is done, 0..1."""
+        return (self.finished + min(self.passes / self.guess, 0.99)) / self.units
+
+    def _hear(self) -> None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            self.finished, self.passes = map(int, line.split())
+            return
+        self.over = True
+        if self._process.wait():
+            raise RuntimeError(f"an arm ended with exit code {self._process.returncode}: see above")
 
     def advance(self, seconds: float) -> None:
         """Give it a turn and wait for the end of it."""
-        self._slice, self._turn_began = seconds, time.perf_counter()
-        self._turn.release()
-        self._back.acquire()
-        if self.error is not None:
-            raise self.error
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        self._hear()
+
+    def stop(self) -> None:
+        """End its process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
 
 
 def take_turns(arms: Mapping[str, Arm], slice_seconds: float) -> None:
     """Let the arms work in turn, the one that has done the least share of its work next."""
-    for arm in arms.values():
-        arm.start()
     told = time.monotonic()
-    while active := [arm for arm in arms.values() if not arm.over]:
-        min(active, key=lambda arm: arm.share).advance(slice_seconds)
-        if time.monotonic() - told > REPORT_SECONDS:
-            told = time.monotonic()
-            tell("  ".join(f"({letter}) {describe_progress(arm)}" for letter, arm in arms.items()))
+    try:
+        while active := [arm for arm in arms.values() if not arm.over]:
+            min(active, key=lambda arm: arm.share).advance(slice_seconds)
+            if time.monotonic() - told > REPORT_SECONDS:
+                told = time.monotonic()
+                tell("  ".join(f"({letter}) {describe_progress(arm)}" for letter, arm in arms.items()))
+    finally:
+        for arm in arms.values():
+            arm.stop()
 
 
 def describe_progress(arm: Arm) -> str:
     """Return what an arm has done, in words."""
-    passes = f", {len(arm.running.seconds)} steps of the next" if arm.running else ""
-    return f"{arm.finished} of {len(arm.units)}{passes}"
+    passes = f", {arm.passes} steps of the next" if arm.passes else ""
+    return f"{arm.finished} of {arm.units}{passes}"
 
 
 def tell(line: str) -> None:
@@ -195,56 +215,65 @@ class Bench:
         """Return where an arm's trainings with a seed lie."""
         return self.work / arm / f"seed_{seed}"
 
-    def train(self, unit: Unit, arm: Arm) -> None:
-        """Train a unit where that has not been done, and fill in what came of it."""
+    def _file(self, unit: Unit) -> Path:
         name = unit.names[0] if len(unit.names) == 1 else "together"
-        path = self.folder(unit.arm, unit.seed) / f"{name}.json"
+        return self.folder(unit.arm, unit.seed) / f"{name}.json"
+
+    def recall(self, unit: Unit) -> bool:
+        """Fill in what came of a unit. Returns whether it has been trained."""
+        path = self._file(unit)
         if path.exists():
             vars(unit).update(json.loads(path.read_text()))
+        return path.exists()
+
+    def train(self, unit: Unit, clock: Clock) -> None:
+        """Train a unit where that has not been done."""
+        if self.recall(unit):
             return
+        path = self._file(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
         backbone = self.load()
-        (self._train_ours if unit.arm in OURS else self._train_reference)(backbone, unit, arm)
+        (self._train_ours if unit.arm in OURS else self._train_reference)(backbone, unit, clock)
         write_atomically(path, json.dumps(asdict(unit)).encode())
 
-    def _train_reference(self, backbone: Backbone, unit: Unit, arm: Arm) -> None:
+    def _train_reference(self, backbone: Backbone, unit: Unit, clock: Clock) -> None:
         (name,) = unit.names
         out = self.folder(unit.arm, unit.seed) / name
         out.mkdir(exist_ok=True)
         concept, kept = self.concepts[name], out / "state.pt"
-        arm.begin()
+        clock.begin()
         learner = self.references[unit.arm](backbone, concept, self.words[name, unit.seed], unit.seed)
         if kept.exists():
             state = torch.load(kept, map_location=backbone.device, weights_only=True)
             learner.restore(state["learner"])
             unit.seconds = state["seconds"]
-            arm.begin()
+            clock.begin()
         written, over = time.monotonic(), False
         while not over:
             over = learner.step()
-            arm.tick()
+            clock.tick()
             if time.monotonic() - written > STATE_SECONDS:
                 content = io.BytesIO()
                 torch.save({"learner": learner.state(), "seconds": unit.seconds}, content)
                 write_atomically(kept, content.getvalue())
                 written = time.monotonic()
-                arm.begin()
+                clock.begin()
         unit.steps, unit.reasons = [learner.done], [learner.reason]
         row = Embedding(concept.token, dict.fromkeys(backbone.encoders, learner.row()), {})
         write_embedding(out / "learned_embeds.safetensors", row, "diffusers")
         kept.unlink(missing_ok=True)
 
-    def _train_ours(self, backbone: Backbone, unit: Unit, arm: Arm) -> None:
+    def _train_ours(self, backbone: Backbone, unit: Unit, clock: Clock) -> None:
         out = self.folder(unit.arm, unit.seed)
         for name in unit.names:  # a clock that was stopped in the middle says nothing
             shutil.rmtree(out / name, ignore_errors=True)
         forget_words()
-        arm.begin()
+        clock.begin()
         outcomes = train_concepts(
             backbone,
             [(self.concepts[name], out / name) for name in unit.names],
             self.settings.model_copy(update={"seed": unit.seed}),
-            progress=lambda *_: arm.tick(),
+            progress=lambda *_: clock.tick(),
         )
         unit.steps = [found["steps"] for found in outcomes]
         unit.reasons = [found["stop"]["reason"] for found in outcomes]
@@ -531,20 +560,46 @@ def shorten(references: Mapping[str, type[Reference]], steps: int) -> dict[str, 
     return {letter: type(kind.__name__, (kind,), more) for letter, kind in references.items()}
 
 
-def run_arms(
-    bench: Bench, letters: str, names: Sequence[str], together: Sequence[str], seeds: Sequence[int],
-    slice_seconds: float,
-) -> dict[str, list[Unit]]:  # fmt: skip
-    """Train everything, in turn. Arms with a reference train `names`, ours `together`."""
-    plan = {letter: [[name] for name in names] for letter in bench.references}
-    plan |= {"c": [[name] for name in together], "d": [list(together)]}
-    units = {
-        letter: [Unit(letter, seed, group) for seed in seeds for group in plan[letter]] for letter in letters
+def plan_units(
+    letters: str, names: Sequence[str], together: Sequence[str], seeds: Sequence[int]
+) -> dict[str, list[Unit]]:
+    """Return the trainings of each arm: those with a reference train `names`, ours `together`."""
+    groups = {"c": [[name] for name in together], "d": [list(together)]}
+    return {
+        letter: [
+            Unit(letter, seed, group) for seed in seeds for group in groups.get(letter, [[n] for n in names])
+        ]
+        for letter in letters
     }
+
+
+def run_arms(
+    bench: Bench, units: Mapping[str, Sequence[Unit]], options: argparse.Namespace
+) -> Mapping[str, Sequence[Unit]]:
+    """Train everything, in turn, each arm in a process of its own; fill in what came of it."""
     guess = {"a": bench.references["a"].most, "b": min(600, bench.references["b"].most)}
-    arms = {letter: Arm(units[letter], bench.train, guess.get(letter, 500)) for letter in letters}
-    take_turns(arms, slice_seconds)
+    command = [sys.executable, __file__, *options.arguments]
+    arms = {}
+    for letter, arm in units.items():
+        own = [*command, "--only", letter, "--work", str(bench.work)]
+        arms[letter] = Arm(own, len(arm), guess.get(letter, 500))
+    take_turns(arms, options.slice)
+    for arm in units.values():
+        for unit in arm:
+            bench.recall(unit)
     return units
+
+
+def work_arm(make: Callable[[], tuple[Bench, Mapping[str, Sequence[Unit]]]], letter: str) -> None:
+    """Train one arm's units, in turns that whoever started this process gives."""
+    clock = Clock()
+    clock.wait()
+    bench, units = make()
+    for unit in units[letter]:
+        clock.running = unit
+        bench.train(unit, clock)
+        clock.running = None
+        clock.finished += 1
 
 
 def check_identity(work: Path, identity: Mapping[str, Any]) -> None:
@@ -556,13 +611,15 @@ def check_identity(work: Path, identity: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(identity, indent=1).encode())
 
 
-def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure and compare on a model."""
+def make_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, list[Unit]]]:
+    """Return what the arms share and what each trains, for a benchmark on a model."""
     short = {"max_steps": 2 * BLOCK} if options.quick else {}
-    settings = load_training({"model": options.model, "grid": 0, "evaluate": 0, **short}, options.set)
+    settings = load_training(
+        {"model": options.model or "embedded", "grid": 0, "evaluate": 0, **short}, options.set
+    )
     identity = {"model": model_hash(settings.model), "settings": json.loads(settings.model_dump_json())}
     check_identity(options.work, identity | {"threads": torch.get_num_threads()})
-    os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
+    os.environ["XDG_CACHE_HOME"] = str(options.work / f"cache_{options.only or 'all'}")
     names = options.concepts.split(",")
     spare = [path.name for path in sorted(ASSETS.iterdir()) if path.is_dir() and path.name not in names]
     together = [*names, *spare][: max(len(names), 2 if options.quick else TOGETHER)]
@@ -581,14 +638,23 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         work=options.work,
         references=shorten(references, 2 * BLOCK) if options.quick else references,
     )
+    return bench, plan_units(options.arms, names, together, seeds)
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, measure and compare on a model."""
+    bench, units = make_bench(options)
+    names, together = options.concepts.split(","), list(bench.concepts)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
     kept = options.work / f"flops_{options.arms}.json"
     if not kept.exists():
         tell("counting FLOPs")
         write_atomically(kept, json.dumps(count_arms(bench, options.arms, together)).encode())
-    arms = run_arms(bench, options.arms, names, together, seeds, options.slice)
+    arms = run_arms(bench, units, options)
     tell("drawing and judging")
     measured = measure_rows(bench, arms, names, seeds, 1 if options.quick else options.samples)
     report = compare(arms, json.loads(kept.read_text()), measured, names)
+    backbone = bench.load()
     rms = float(backbone.encoders["clip_l"][1].get_input_embeddings().weight.square().mean().sqrt())
     return report | {
         "concepts": names,
@@ -656,8 +722,14 @@ def make_random_sd15(device: str, dtype: str) -> Backbone:
     return make_backbone(pipeline, dtype=dtype, size=size)
 
 
-def measure_throughput(load: Callable[[], Backbone], steps: int, letters: str = "abcd") -> dict[str, Any]:
-    """Return the seconds of a step of each arm and concept, of a model whose weights do not matter."""
+def make_throughput(options: argparse.Namespace) -> tuple[Bench, dict[str, list[Unit]]]:
+    """Return what the arms share and train where the weights and the pictures do not matter."""
+    settings = {"init": "a", "grid": 0, "evaluate": 0, "stop": "budget", "max_steps": options.steps}
+    if options.model is not None:
+        settings["model"] = options.model
+        load = partial(load_backbone, load_training(settings))
+    else:
+        load = partial(make_random_sd15, "cuda", "bfloat16")
     size = load().size
     generator = torch.Generator().manual_seed(0)
     concepts = {
@@ -668,23 +740,28 @@ def measure_throughput(load: Callable[[], Backbone], steps: int, letters: str = 
         )
         for name in (f"concept-{letter}" for letter in "abcdefgh")
     }
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        bench = Bench(
-            load=load,
-            concepts=concepts,
-            words={(name, 0): "a" for name in concepts},
-            settings=load_training(
-                {"init": "a", "grid": 0, "evaluate": 0, "stop": "budget", "max_steps": steps}
-            ),
-            work=Path(folder),
-            references=shorten({"a": Stock, "b": PublishedDVAR}, steps),
-        )
-        arms = run_arms(bench, letters, list(concepts)[:1], list(concepts), [0], 5.0)
+    os.environ["XDG_CACHE_HOME"] = str(options.work / f"cache_{options.only or 'all'}")
+    bench = Bench(
+        load=load,
+        concepts=concepts,
+        words={(name, 0): "a" for name in concepts},
+        settings=load_training(settings),
+        work=options.work,
+        references=shorten({"a": Stock, "b": PublishedDVAR}, options.steps),
+    )
+    return bench, plan_units(options.arms, list(concepts)[:1], list(concepts), [0])
+
+
+def measure_throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of a step of each arm and concept, of a model whose weights do not matter."""
     found = {}
-    for letter, units in arms.items():
-        ((active, blocks),) = group_blocks(units).items()
-        batch = bench.references[letter].batch if letter in bench.references else bench.settings.batch
+    with tempfile.TemporaryDirectory() as folder:
+        options.work = Path(folder)
+        bench, units = make_throughput(options)
+        run_arms(bench, units, options)
+    for letter, arm in units.items():
+        ((active, blocks),) = group_blocks(arm).items()
+        batch = bench.references[letter].batch if letter in bench.references else TextualInversion.batch
         found[letter] = {"seconds_a_step": float(np.median(blocks)) / active, "batch": batch}
     return found
 
@@ -705,7 +782,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("runs/inversion_benchmark"))
     parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", help="instead of embedded; with --throughput, of random weights")
     parser.add_argument("--concepts", default=",".join(CONCEPTS))
     parser.add_argument("--arms", default="abcd")
     parser.add_argument("--seeds", default="0")
@@ -716,14 +793,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--flops", action="store_true")
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--steps", type=int, default=40, help="of --throughput")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # an arm's process
     options = parser.parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if options.only:
+        work_arm(partial(make_throughput if options.throughput else make_bench, options), options.only)
+        return
     if options.flops:
         found: Any = {size: count_parts(size) for size in SIZES}
         text = table_flops(found)
     elif options.throughput:
-        if not torch.cuda.is_available():
-            raise UserError("--throughput needs a GPU")
-        found = measure_throughput(lambda: make_random_sd15("cuda", "bfloat16"), options.steps)
+        if options.model is None and not torch.cuda.is_available():
+            raise UserError("--throughput needs a GPU, or a --model")
+        found = measure_throughput(options)
         text = table_throughput(found)
     else:
         found = benchmark(options)

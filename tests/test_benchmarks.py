@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,31 +128,49 @@ def test_reference_steps_are_relative_to_the_vocabulary(
     assert group["lr"] * group["weight_decay"] == pytest.approx(1e-6)
 
 
-def test_arms_advance_together_and_clocks_run_in_turns_only(bench: ModuleType) -> None:
-    order = []
+# An arm that sleeps so many times so long, on a clock of the benchmark's.
+SLEEPER = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+from inversion import Clock, Unit
+letter, passes, seconds, out = sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
+clock = Clock()
+clock.wait()
+clock.running = Unit(letter, 0, ["x"])
+clock.begin()
+for _ in range(passes):
+    time.sleep(seconds)
+    with open(out, "a") as file:
+        file.write(letter)
+    clock.tick()
+with open(f"{out}_{letter}", "w") as file:
+    json.dump(clock.running.seconds, file)
+"""
 
-    def train(unit: Any, arm: Any) -> None:
-        arm.begin()
-        for _ in range(6 if unit.arm == "a" else 3):
-            time.sleep(0.02 if unit.arm == "a" else 0.01)
-            order.append(unit.arm)
-            arm.tick()
 
-    units = {letter: [bench.Unit(letter, 0, ["x"])] for letter in "ab"}
-    arms = {letter: bench.Arm(units[letter], train, {"a": 6, "b": 3}[letter]) for letter in "ab"}
-    bench.take_turns(arms, 0.0)
-    assert "".join(order) in ("abaabaaba", "abaabaaab", "abaababaa")
+def test_arms_advance_together_and_clocks_run_in_turns_only(bench: ModuleType, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+
+    def start(letter: str, passes: int, seconds: float) -> Any:
+        command = [sys.executable, "-c", SLEEPER, FOLDER, letter, passes, seconds, order]
+        return bench.Arm([str(part) for part in command], 1, passes)
+
+    bench.take_turns({"a": start("a", 6, 0.02), "b": start("b", 3, 0.01)}, 0.0)
+    assert order.read_text() in ("abaabaaba", "abaabaaab", "abaababaa")
     # with the other arm's turns in it, a clock would show 0.03 and more for most passes
-    assert np.median(units["a"][0].seconds) < 0.03
-    assert np.median(units["b"][0].seconds) < 0.02
+    assert np.median(json.loads((tmp_path / "order_a").read_text())) < 0.03
+    assert np.median(json.loads((tmp_path / "order_b").read_text())) < 0.02
 
 
-def test_an_error_in_an_arm_ends_the_benchmark(bench: ModuleType) -> None:
-    def train(unit: Any, arm: Any) -> None:
-        raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        bench.take_turns({"a": bench.Arm([bench.Unit("a", 0, ["x"])], train, 1)}, 1.0)
+def test_an_error_in_an_arm_ends_the_benchmark(bench: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    waits = bench.Arm([sys.executable, "-c", "print(0, 0, flush=True); input()"], 1, 1)
+    broken = bench.Arm(
+        [sys.executable, "-c", "print(0, 0, flush=True); input(); raise ValueError('broken')"], 1, 1
+    )
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        bench.take_turns({"a": broken, "b": waits}, 1.0)
+    assert "ValueError: broken" in capfd.readouterr().err
+    assert waits._process.returncode is not None
 
 
 def test_seconds_follow_how_many_concepts_shared_a_pass(bench: ModuleType) -> None:
@@ -225,9 +242,15 @@ def test_the_benchmark_runs_and_continues(
 
 
 @pytest.mark.slow
-def test_throughput_runs_on_any_model(bench: ModuleType, tiny_model: Path) -> None:
-    settings = load_training({"model": str(tiny_model)})
-    found = bench.measure_throughput(lambda: load_backbone(settings), 2 * bench.BLOCK)
+def test_throughput_runs_on_any_model(
+    bench: ModuleType, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    steps = str(2 * bench.BLOCK)
+    bench.main(
+        ["--throughput", "--model", str(tiny_model), "--steps", steps, "--json", str(out), "--slice", "0"]
+    )
+    found = json.loads(out.read_text())
     assert set(found) == set("abcd")
     assert all(row["seconds_a_step"] > 0 for row in found.values())
-    assert "(d) ours" in bench.table_throughput(found)
+    assert "(d) ours" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from t2iprobe.inversion.objective import Inputs, denoising_losses, draw_inputs, 
 from t2iprobe.storage import write_atomically
 
 # Successive halving: so many words are judged on so many fixed inputs each, the best go on.
-ROUNDS = ((1024, 1), (96, 4), (24, 8))
+ROUNDS = ((256, 1), (32, 4), (8, 8))
 ITEMS = ROUNDS[-1][1]
 
 
@@ -63,9 +63,9 @@ def nearest_words(
 ) -> list[list[Any]]:
     """Return [word, loss] of the vocabulary's words with which the model denoises the pictures best.
 
-    The loss is computed for every word on one fixed input, for the best of them on more (ROUNDS). Of a
-    vocabulary larger than the first round, that many words are chosen by the loss's gradient at the words'
-    mean. Kept in the user's cache if `key` is given.
+    Of a vocabulary larger than the first round (ROUNDS), that many words are chosen by a score of all: the
+    loss's gradient at the words' mean, to first order. Their loss is computed on one fixed input, that of the
+    best of them on more. Kept in the user's cache if `key` is given.
     """
     cache = _cache_file(concept, moments, seed, key) if key else None
     if cache is not None:

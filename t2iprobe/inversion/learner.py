@@ -50,6 +50,7 @@ class Learner:
             code=settings.fixed, stratified=not published, flip=settings.flip,
         )  # fmt: skip
         self.cap = settings.max_steps or method.max_steps
+        self.batch = settings.batch or method.batch
         self.decay = settings.average if settings.average is not None else 0.0 if published else 0.95
         self.step = 0
         self.seconds = self.seconds_grids = 0.0
@@ -110,10 +111,10 @@ class Learner:
     def training_inputs(self) -> list[Inputs]:
         """Return the inputs of the next step: the concept's, and the prior's where there is one."""
         key = (self.settings.seed, self.concept.token, self.step)
-        own = draw_inputs(self.concept, self.shape, self.settings.batch, key, flip=self.settings.flip)
+        own = draw_inputs(self.concept, self.shape, self.batch, key, flip=self.settings.flip)
         if self.prior is None:
             return [own]
-        return [own, draw_inputs(self.prior[0], self.shape, self.settings.batch, (*key, "prior"))]
+        return [own, draw_inputs(self.prior[0], self.shape, self.batch, (*key, "prior"))]
 
     def training_moments(self) -> list[Moments]:
         """Return the moments that go with `training_inputs`."""
@@ -121,11 +122,11 @@ class Learner:
 
     def training_loss(self, losses: torch.Tensor) -> torch.Tensor:
         """Return this concept's loss of its part [items] of the losses of a pass."""
-        own = losses[: self.settings.batch].mean()
+        own = losses[: self.batch].mean()
         self._sum += own.detach()
         if self.prior is None:
             return own
-        return own + self.settings.prior_weight * losses[self.settings.batch :].mean()
+        return own + self.settings.prior_weight * losses[self.batch :].mean()
 
     def finish_step(self) -> None:
         """Step the optimiser, after the pass's backward."""

@@ -20,7 +20,7 @@ class Training(BaseModel):
     fixed: str = Field(
         "11111", description="which of images, latents, noise, captions, timesteps stay fixed in it"
     )
-    batch: int = Field(4, ge=1, description="pictures a step")
+    batch: int | None = Field(None, ge=1, description="pictures a step")
     rate: float | None = Field(None, gt=0, description="learning rate of the method's weights")
     row_rate: float | None = Field(
         None, gt=0, description="learning rate of the rows, in units of the vocabulary's root mean square"

@@ -25,6 +25,7 @@ class Method:
     uses_prior: ClassVar[bool] = False
     # Of the published runs (arXiv 2302.04841, appendix): steps at most.
     max_steps: ClassVar[int]
+    batch: ClassVar[int] = 4  # pictures a step
     rate: ClassVar[float]  # of the weights, AdamW
     # Of the rows, in units of the vocabulary's root mean square: what suits SD's .014 suits no other model.
     row_rate: ClassVar[float]

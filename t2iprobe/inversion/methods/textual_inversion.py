@@ -15,5 +15,6 @@ class TextualInversion(Method):
     )
     shares_pass = True
     max_steps = 6100
+    batch = 2  # four teach a row no better (benchmarks/inversion.py), and fewer concepts fit into a pass
     rate = 0.0
     row_rate = 0.05
