@@ -9,6 +9,7 @@ import typer
 
 import t2iprobe
 from t2iprobe.cli_inversion import inversion
+from t2iprobe.cli_llm import llm
 from t2iprobe.console import AsJson, duration, plain, print_found, to_json
 from t2iprobe.errors import UserError
 
@@ -30,6 +31,7 @@ hypernymy = typer.Typer(
 )
 app.add_typer(hypernymy, name="hypernymy")
 app.add_typer(inversion, name="inversion")
+app.add_typer(llm, name="llm")
 
 Out = Annotated[Path | None, typer.Option("--out", help="Where to write.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]

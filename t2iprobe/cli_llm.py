@@ -1,0 +1,244 @@
+"""The commands of ``t2iprobe llm``: words in, calls out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from t2iprobe.console import AsJson, print_found
+from t2iprobe.errors import UserError
+
+if TYPE_CHECKING:
+    from t2iprobe.llm.commands import Engine
+
+llm = typer.Typer(
+    help="Write with a language model that is larger than the memory it runs in.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="Who guesses: student, early-exit:K, lookup, copy:BITS, none, a folder or a hub id; "
+        "student for smollm2, lookup for others."
+    ),
+]
+Tree = Annotated[str, typer.Option(help="best-first, optimal, chain or none.")]
+Budget = Annotated[
+    int | None, typer.Option(help="Guesses a tree; by default what is measured to be the fastest.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Bytes for the model's weights, such as 300MB: what does not fit is read from disk."),
+]
+Link = Annotated[
+    str | None, typer.Option(help="Bytes a second of a simulated link to the weights, such as 250MB.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+
+def _load(
+    model: str, draft: str | None, memory: str | None, link: str | None, dtype: str, device: str
+) -> "Engine":
+    from t2iprobe.devices import resolve_device
+    from t2iprobe.llm.commands import load_engine, parse_bytes
+
+    return load_engine(
+        model,
+        draft,
+        memory=None if memory is None else parse_bytes(memory),
+        link=None if link is None else parse_bytes(link),
+        dtype=dtype,
+        device=resolve_device(device),
+    )
+
+
+@llm.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from stdin.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL with rows of prompt or messages; one JSON line out for each.")
+    ] = None,
+    model: Model = "smollm2",
+    draft: Draft = None,
+    tree: Tree = "best-first",
+    budget: Budget = None,
+    depth: Annotated[int, typer.Option(help="Levels of a tree at most.")] = 24,
+    verifier: Annotated[str, typer.Option(help="auto, match or residual: both are exact.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the tokens that make up this much.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw among tokens at least this probable, beside the best.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    no_repeat_ngram: Annotated[int, typer.Option(help="Never repeat so many tokens in a row; 0: off.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; several: repeat it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    batch: Annotated[int, typer.Option(help="Prompts of a file that share each pass.")] = 1,
+    memory: Memory = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, or a file of them. The text is what the model alone would write."""
+    if (prompt is None) == (prompts is None):
+        raise UserError('give one prompt, or --prompts FILE: t2iprobe llm generate "A poem about a heron"')
+    from t2iprobe.llm.commands import choose_trees, read_prompts, write_texts
+    from t2iprobe.llm.engine.processing import Sampling
+
+    rows = (
+        read_prompts(prompts)
+        if prompts is not None
+        else [{"prompt": sys.stdin.read() if prompt == "-" else prompt}]
+    )
+    if batch < 1:
+        raise UserError(f"a batch has 1 prompt or more, not {batch}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed)
+    with _load(model, draft, memory, link, dtype, device) as engine:
+        streams = prompts is None and not as_json
+        texts = write_texts(
+            engine,
+            rows,
+            sampling=sampling,
+            trees=choose_trees(engine, tree, budget, depth, verifier),
+            max_new_tokens=max_new_tokens,
+            stop=stop or [],
+            raw=raw,
+            system=system,
+            batch=batch,
+            on_text=(lambda _, text: print(text, end="", flush=True)) if streams and not stop else None,
+        )
+        for made in texts:
+            if prompts is not None:
+                print(json.dumps(made, ensure_ascii=False), flush=True)
+            elif as_json:
+                print(json.dumps(made, ensure_ascii=False, indent=1))
+            else:
+                print(made["text"] if stop else "")
+                print(_describe(made), file=sys.stderr)
+
+
+def _describe(made: dict[str, Any]) -> str:
+    count = len(made["token_ids"])
+    read = (
+        f", {made['weight_bytes_read'] / count / 1e6:.0f} MB read a token"
+        if made["weight_bytes_read"]
+        else ""
+    )
+    return (
+        f"{count} tokens in {made['seconds']:.1f} s, {made['tokens_per_pass']:.2f} a pass of the model{read} "
+        f"({made['stop_reason']})"
+    )
+
+
+@llm.command()
+def plan(
+    model: Model = "smollm2",
+    draft: Draft = None,
+    memory: Memory = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is kept.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure passes on this machine, and print which tree pays."""
+    from t2iprobe.llm.commands import plan_trees
+
+    with _load(model, draft, memory, link, dtype, device) as engine:
+        found = plan_trees(engine, measure=measure)
+    print_found(found, as_json, _describe_plan(found))
+
+
+def _describe_plan(found: dict[str, Any]) -> str:
+    best: dict[int, dict[str, Any]] = {}
+    for row in found["table"]:
+        if row["budget"] not in best or row["token_seconds"] < best[row["budget"]]["token_seconds"]:
+            best[row["budget"]] = row
+    streamed = found["resident_layers"]
+    lines = [
+        f"{found['model']}, draft {found['draft']}, "
+        f"{found['resident_bytes'] / 1e6:.0f} MB of weights in memory"
+        + ("" if streamed is None else f", {streamed} layers stay"),
+        "children accepted, by rank: " + " ".join(f"{share:.3f}" for share in found["acceptance"][:8]),
+        "",
+        f"{'guesses':>8}{'levels':>8}{'tokens a pass':>15}{'draft s':>9}{'target s':>10}{'s a token':>11}",
+    ]
+    for row in best.values():
+        chosen = " ←" if row == found["choice"] else ""
+        lines.append(
+            f"{row['budget']:8}{row['depth']:8}{row['expected_tokens']:15.2f}{row['draft_seconds']:9.3f}"
+            f"{row['target_seconds']:10.3f}{row['token_seconds']:11.4f}{chosen}"
+        )
+    return "\n".join(lines)
+
+
+@llm.command()
+def bench(
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with rows of prompt or messages.")] = None,
+    model: Model = "smollm2",
+    draft: Draft = None,
+    budget: Annotated[list[int] | None, typer.Option(help="Guesses a tree; several: repeat it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+    memory: Memory = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare trees on your prompts: tokens a pass, seconds a token."""
+    from t2iprobe.llm.commands import compare_trees, read_prompts
+
+    rows = read_prompts(prompts) if prompts else [{"prompt": text} for text in _BENCH_PROMPTS]
+    with _load(model, draft, memory, link, dtype, device) as engine:
+        found = compare_trees(engine, rows, budget or [16, 64], max_new_tokens)
+    lines = [f"{'tree':>12}{'guesses':>9}{'tokens a pass':>15}{'s a token':>11}{'MB a token':>12}"]
+    for row in found["trees"]:
+        lines.append(
+            f"{row['tree']:>12}{row['budget']:9}{row['tokens_per_pass']:15.2f}{row['seconds_per_token']:11.4f}"
+            f"{row['bytes_per_token'] / 1e6:12.1f}"
+        )
+    print_found(found, as_json, "\n".join(lines))
+
+
+_BENCH_PROMPTS = (
+    "Write a short caption for a photo of a heron.",
+    "Describe a picture of an old lighthouse at dusk in one sentence.",
+    "List four prompts for a text-to-image model about a teapot.",
+)
+
+
+@llm.command()
+def serve(
+    model: Model = "smollm2",
+    draft: Draft = None,
+    tree: Tree = "best-first",
+    budget: Budget = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="T2IPROBE_API_KEY", help="What clients must send.")
+    ] = None,
+    memory: Memory = None,
+    link: Link = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Serve the model to OpenAI's clients: /v1/models, /v1/completions, /v1/chat/completions."""
+    from t2iprobe.llm.commands import choose_trees
+    from t2iprobe.llm.server import serve_engine
+
+    with _load(model, draft, memory, link, dtype, device) as engine:
+        serve_engine(engine, choose_trees(engine, tree, budget, 24, "auto"), host, port, api_key)

@@ -1,0 +1,1 @@
+"""Language models larger than the memory they run in: they write, vary and judge the prompts."""

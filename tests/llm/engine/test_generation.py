@@ -1,0 +1,219 @@
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from language_toys import VOCABULARY, blur, make_toy, write_plainly
+
+from t2iprobe.errors import UserError
+from t2iprobe.llm.engine.decoder import Decoder
+from t2iprobe.llm.engine.drafts import LookupDraft, ModelDraft
+from t2iprobe.llm.engine.generation import Trees, generate
+from t2iprobe.llm.engine.processing import Sampling
+from t2iprobe.llm.engine.sizing import Acceptance, MeasuredSizer, PassTimes
+
+PROMPTS = [torch.tensor(ids) for ids in ([5, 7, 9, 11], [3], [8, 2, 30, 30, 4, 9, 12])]
+TREES = [
+    Trees("best-first", 12),
+    Trees("best-first", 40, depth=3),
+    Trees("optimal", 12),
+    Trees("chain", 5),
+    Trees("none"),
+    Trees("best-first", 0),
+]
+
+
+def make_drafts(target: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "good": lambda: ModelDraft(Decoder(blur(target))),
+        "bad": lambda: ModelDraft(Decoder(make_toy(9))),
+        "itself": lambda: ModelDraft(Decoder(target)),
+        "lookup": lambda: LookupDraft(VOCABULARY),
+        "none": lambda: None,
+    }
+
+
+@pytest.mark.parametrize("name", ["good", "bad", "itself", "lookup", "none"])
+def test_greedy_text_is_the_targets_own(name: str) -> None:
+    target = make_toy()
+    wanted = [write_plainly(target, prompt, 25) for prompt in PROMPTS]
+    for trees in TREES:
+        draft = make_drafts(target)[name]()
+        found = generate(Decoder(target), draft, PROMPTS, trees=trees, max_new_tokens=25)
+        assert [each.token_ids for each in found] == wanted, trees
+        assert all(sum(each.rounds) == 25 for each in found)
+        if name == "itself" and trees.growth == "chain":
+            assert all(each.rounds[0] == 6 for each in found)
+        if trees.growth == "none" or name == "none":
+            assert all(each.target_passes == 25 and each.draft_passes == 0 for each in found)
+
+
+def test_a_good_draft_saves_passes() -> None:
+    target = make_toy()
+    draft = ModelDraft(Decoder(blur(target, 0.02)))
+    (tree,) = generate(Decoder(target), draft, PROMPTS[:1], trees=Trees("best-first", 24), max_new_tokens=60)
+    assert tree.tokens_per_pass > 3
+    assert tree.draft_passes > tree.target_passes
+
+
+def test_a_batch_is_its_prompts_alone_sampled_too() -> None:
+    target = make_toy()
+    for growth in ("best-first", "optimal", "chain"):
+        sampling = Sampling(temperature=1.3, top_p=0.9, seed=4)
+        trees = Trees(growth, 8, acceptance=[0.5, 0.2])
+
+        def write(prompts: list[torch.Tensor], trees: Trees = trees, sampling: Sampling = sampling) -> Any:
+            draft = ModelDraft(Decoder(blur(target)))
+            return generate(Decoder(target), draft, prompts, trees=trees, sampling=sampling, max_new_tokens=9)
+
+        together = write(PROMPTS)
+        assert together[0].token_ids == write(PROMPTS[:1])[0].token_ids
+        assert together[0].token_ids != together[1].token_ids
+        assert write(PROMPTS)[2].token_ids == together[2].token_ids
+
+
+def test_text_ends_where_it_should() -> None:
+    target = make_toy()
+    plain = write_plainly(target, PROMPTS[0], 30)
+    for trees in TREES:
+        draft = ModelDraft(Decoder(target))
+        end = plain[11]
+        (made,) = generate(
+            Decoder(target), draft, PROMPTS[:1], trees=trees, max_new_tokens=30, eos_token_ids=[end]
+        )
+        assert made.token_ids == plain[: plain.index(end) + 1]
+        assert made.stop_reason == "eos"
+        for most in (1, 2, 7):
+            draft = ModelDraft(Decoder(target))
+            (made,) = generate(Decoder(target), draft, PROMPTS[:1], trees=trees, max_new_tokens=most)
+            assert (made.token_ids, made.stop_reason) == (plain[:most], "length")
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "".join(chr(ord("A") + token) for token in tokens)
+
+
+def test_stop_strings_span_tokens_and_are_cut() -> None:
+    target = make_toy()
+    plain = write_plainly(target, PROMPTS[0], 30)
+    text = Letters().decode(plain)
+    stop = text[9:12]
+    for trees in TREES:
+        (made,) = generate(
+            Decoder(target), ModelDraft(Decoder(target)), PROMPTS[:1], trees=trees, max_new_tokens=30,
+            stop=["??", stop], tokenizer=Letters(),
+        )  # fmt: skip
+        assert made.text == text[: text.index(stop)]
+        assert made.token_ids == plain[: text.index(stop) + 3]
+        assert made.stop_reason == "stop"
+
+
+def test_the_context_ends_a_text() -> None:
+    target = make_toy()
+    prompt = torch.arange(250) % VOCABULARY
+    (made,) = generate(Decoder(target), ModelDraft(Decoder(target)), [prompt], max_new_tokens=50)
+    assert made.stop_reason == "context"
+    assert made.token_ids == write_plainly(target, prompt, 6)
+
+
+def test_penalties_follow_each_nodes_own_path() -> None:
+    target = make_toy()
+    sampling = Sampling(repetition_penalty=1.7, no_repeat_ngram=2)
+    plain = generate(Decoder(target), None, PROMPTS, sampling=sampling, max_new_tokens=25)
+    for trees, draft in itertools.product(TREES[:4], ("good", "itself", "lookup")):
+        found = generate(
+            Decoder(target),
+            make_drafts(target)[draft](),
+            PROMPTS,
+            sampling=sampling,
+            trees=trees,
+            max_new_tokens=25,
+        )
+        assert [each.token_ids for each in found] == [each.token_ids for each in plain]
+    assert [each.token_ids for each in plain] != [write_plainly(target, prompt, 25) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("growth", ["best-first", "optimal", "chain"])
+def test_sampled_text_has_the_targets_distribution(growth: str) -> None:
+    """All three tokens together, over many prompts in a batch: a chi-square against the exact joint."""
+    target, vocabulary = make_toy(3, layers=1, sharpness=1.0, vocabulary=5), 5
+    draft = ModelDraft(Decoder(make_toy(4, layers=1, sharpness=1.0, vocabulary=5)))
+    prompt, count, batches = torch.tensor([2, 4]), 3, 20
+    exact = np.zeros((vocabulary,) * count)
+    for tokens in itertools.product(range(vocabulary), repeat=count):
+        text = torch.cat([prompt, torch.tensor(tokens)])
+        p = target(text[None]).logits[0, 1:-1].softmax(-1)
+        exact[tokens] = p[torch.arange(count), list(tokens)].prod()
+    counts = np.zeros_like(exact)
+    for seed in range(batches):
+        found = generate(
+            Decoder(target), draft, [prompt] * 200, sampling=Sampling(temperature=1.0, seed=seed),
+            trees=Trees(growth, 4), max_new_tokens=count,
+        )  # fmt: skip
+        for made in found:
+            counts[tuple(made.token_ids)] += 1
+    expected = exact * counts.sum()
+    from scipy.stats import chi2
+
+    kept = expected > 5
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi2.sf(statistic, kept.sum() - 1) > 1e-3
+
+
+def test_the_sizer_chooses_and_plain_decoding_wins_where_trees_cost_too_much() -> None:
+    target = make_toy()
+    wanted = write_plainly(target, PROMPTS[0], 25)
+    for slope, budget in ((3.0, 0), (0.001, 32)):
+        times = PassTimes({n: 1 + slope * n for n in (1, 2, 3, 5, 9, 17, 33)}, {1: 0.01, 64: 0.02})
+        sizer = MeasuredSizer(times)
+        (made,) = generate(
+            Decoder(target),
+            ModelDraft(Decoder(blur(target))),
+            PROMPTS[:1],
+            trees=Trees(budget=sizer),
+            max_new_tokens=25,
+        )
+        assert made.token_ids == wanted
+        assert sizer.choose(Acceptance())[0] == budget
+        assert (made.draft_passes == 0) == (budget == 0)
+
+
+def test_acceptance_is_learned_also_from_narrow_trees() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([0.5, 0.2, 0.1])
+    from t2iprobe.llm.engine.tree import make_tree
+
+    learned = Acceptance()
+    for _ in range(20_000):
+        children = rng.integers(1, 4)
+        tree = make_tree([0, *range(1, children + 1)], [-1] + [0] * children)
+        rank = rng.choice(4, p=[*truth, 1 - truth.sum()])
+        learned.update(tree, [rank + 1] if rank < children else [])
+    assert learned.vector()[:3] == pytest.approx(truth, abs=0.015)
+    assert learned.vector().sum() <= 1
+
+
+def test_bad_input_is_told() -> None:
+    target = Decoder(make_toy())
+    for prompts, match in (
+        ([torch.tensor([], dtype=torch.int64)], "empty prompt"),
+        ([torch.tensor([1, VOCABULARY])], "vocabulary of 40 lacks"),
+        ([torch.zeros(256, dtype=torch.int64)], "256 tokens and the model's context ends at 256"),
+    ):
+        with pytest.raises(UserError, match=match):
+            generate(target, None, prompts)
+    with pytest.raises(UserError, match="12 tokens and the target 40"):
+        generate(target, ModelDraft(Decoder(make_toy(vocabulary=12))), PROMPTS)
+    with pytest.raises(UserError, match="knows no distribution"):
+        generate(target, LookupDraft(VOCABULARY), PROMPTS, trees=Trees("chain", verifier="residual"))
+    with pytest.raises(UserError, match="there is no tree 'bush'"):
+        Trees("bush")
+    with pytest.raises(UserError, match="best-first trees are deterministic"):
+        Trees("best-first", verifier="residual")
+    with pytest.raises(UserError, match="need the tokenizer"):
+        generate(target, None, PROMPTS, stop=["x"])
