@@ -187,6 +187,11 @@ def test_seconds_follow_how_many_concepts_shared_a_pass(bench: ModuleType) -> No
     assert bench.estimate_seconds(units, blocks)[0] == pytest.approx(2 * (7 + sum(shared) + sum(alone)))
 
 
+def test_who_waits_takes_the_place_of_who_has_stopped(bench: ModuleType) -> None:
+    unit = bench.Unit("d", 0, list("abcdefghij"), steps=[5, 3, *[9] * 6, 4, 2])
+    assert [unit.active(number) for number in (0, 2, 3, 4, 5, 6, 7, 8, 9)] == [8, 8, 8, 8, 8, 8, 6, 6, 0]
+
+
 def compare_made_up(bench: ModuleType, likeness_c: float, seconds_c: float) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     steps = {"a": 400, "b": 200, "c": 100, "d": 100}

@@ -21,6 +21,7 @@ class Training(BaseModel):
         "11111", description="which of images, latents, noise, captions, timesteps stay fixed in it"
     )
     batch: int | None = Field(None, ge=1, description="pictures a step")
+    together: int = Field(8, ge=1, description="concepts that share a pass")
     rate: float | None = Field(None, gt=0, description="learning rate of the method's weights")
     row_rate: float | None = Field(
         None, gt=0, description="learning rate of the rows, in units of the vocabulary's root mean square"

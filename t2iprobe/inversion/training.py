@@ -14,6 +14,7 @@ import datetime
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -53,7 +54,8 @@ def train_concepts(
 ) -> list[dict[str, Any]]:
     """Train concepts, each into its own folder, or continue what is there. Returns their training.json.
 
-    With textual inversion they share every pass of the denoiser; a concept that has converged leaves it.
+    With textual inversion up to `together` of them share each pass of the denoiser; one that has converged
+    leaves it to the next that waits.
     Raises UserError where a folder holds another training, or a loss is not a number (the last good rows
     are then written all the same).
     """
@@ -98,7 +100,7 @@ def refuse_broken(outcomes: Sequence[dict[str, Any]]) -> None:
 def _identify(settings: Training, concept: Concept) -> dict[str, Any]:
     from t2iprobe.pipelines import model_hash
 
-    chosen = json.loads(settings.model_dump_json(exclude={"grid", "evaluate", "device"}))
+    chosen = json.loads(settings.model_dump_json(exclude={"grid", "evaluate", "device", "together"}))
     return {
         "token": concept.token,
         "model_hash": model_hash(settings.model, variant=settings.variant),
@@ -147,16 +149,18 @@ def _train(
     prior = _make_prior(backbone, settings, method_class)
     method = method_class(backbone, {concept.token: settings.vectors for concept, _ in jobs}, settings.rank)
     try:
-        learners = [
-            _make_learner(backbone, concept, out, settings, method, prior, identities[out])
-            for concept, out in jobs
-        ]
-        for learner in learners:
-            claim_folder(learner.out, learner.identity)  # whatever the input lacks was told before
+        for concept, _ in jobs:
+            _check_room(method, concept)
+
+        def start(concept: Concept, out: Path) -> Learner:
+            learner = _make_learner(backbone, concept, out, settings, method, prior, identities[out])
+            claim_folder(out, learner.identity)  # whatever the input lacks was told before
             learner.restore()
+            return learner
+
         if settings.compile:
             backbone.denoiser.compile_repeated_blocks()
-        return _run(backbone, learners, progress)
+        return _run(backbone, jobs, start, settings.together, progress)
     finally:
         method.remove()
 
@@ -171,7 +175,6 @@ def _make_learner(
     identity: dict[str, Any],
 ) -> Learner:
     """Return a learner whose rows are initialised; the time that takes is part of its training's."""
-    _check_room(method, concept)
     began = time.perf_counter()
     moments = _on(encode_moments(backbone, concept), backbone.device)
     learner = Learner(concept, out, settings, method, moments, prior, identity)
@@ -241,19 +244,31 @@ def _make_prior(
 
 
 def _run(
-    backbone: Backbone, learners: Sequence[Learner], progress: Progress | None
+    backbone: Backbone,
+    jobs: Sequence[tuple[Concept, Path]],
+    start: Callable[[Concept, Path], Learner],
+    together: int,
+    progress: Progress | None,
 ) -> dict[Path, dict[str, Any]]:
-    """Train until every learner has stopped; each is written then. Returns out → training.json."""
+    """Train until every concept has stopped; each is written then. Returns out → training.json.
+
+    Up to `together` share a pass; where one has stopped, the next that waits takes its place.
+    """
     outcomes: dict[Path, dict[str, Any]] = {}
-    active = list(learners)
-    for learner in active:
-        if not learner.curve:
-            _look(backbone, [learner])
-            _draw_grid(backbone, learner)
-        if learner.stopped is not None:  # its first loss is not a number
-            outcomes[learner.out] = _finish(backbone, learner)
-    active = [learner for learner in active if learner.stopped is None]
-    while active:
+    waiting, active = deque(jobs), list[Learner]()
+    most = 0
+    while waiting or active:
+        while waiting and len(active) < together:
+            learner = start(*waiting.popleft())
+            if not learner.curve:
+                _look(backbone, [learner])
+                _draw_grid(backbone, learner)
+            if learner.stopped is None:
+                active.append(learner)
+            else:  # its first loss is not a number
+                outcomes[learner.out] = _finish(backbone, learner)
+        if not active:
+            break
         began = time.perf_counter()
         _step(backbone, active)
         due = [learner for learner in active if learner.due]
@@ -269,9 +284,10 @@ def _run(
                 if _is_grid_step(learner):
                     _draw_grid(backbone, learner)
                 learner.store()
-        active = [learner for learner in active if learner.stopped is None]
+        most = max(most, *(learner.step for learner in active))
         if progress is not None:
-            progress(max(learner.step for learner in learners), learners[0].cap)
+            progress(most, active[0].cap)
+        active = [learner for learner in active if learner.stopped is None]
     return outcomes
 
 
@@ -451,6 +467,7 @@ def time_steps(backbone: Backbone, concept: Concept, settings: Training, count: 
     """Return the seconds of a training step with its share of the looks, measured on a few thrown away."""
     method = find_method(settings.method)(backbone, {concept.token: settings.vectors}, settings.rank)
     try:
+        _check_room(method, concept)
         plain = settings.model_copy(update={"init": "random"})
         learner = _make_learner(backbone, concept, Path("."), plain, method, None, {"model_hash": ""})
         _step(backbone, [learner])  # the first call of a network sets it up

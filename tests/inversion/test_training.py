@@ -58,12 +58,12 @@ def test_three_concepts_in_one_pass_train_as_alone(model: str, tiny_model: Path,
         assert name == "cat" or start.abs().max() > 1e-3  # they did learn, each its own
 
 
-def test_a_concept_that_has_stopped_leaves_the_pass(
+def test_a_concept_that_has_stopped_leaves_the_pass_to_one_that_waits(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from t2iprobe.inversion import training
 
-    settings = settings_for(tiny_model, max_steps=20, every=5)
+    settings = settings_for(tiny_model, max_steps=20, every=5, together=2)
     sizes = []
     original = training.denoising_losses
 
@@ -82,10 +82,14 @@ def test_a_concept_that_has_stopped_leaves_the_pass(
         return learner
 
     monkeypatch.setattr(training, "_make_learner", make)
-    folders = {name: draw_concept(tmp_path / name, seed) for seed, name in enumerate(("cat", "dog"))}
-    done = train_some(load_backbone(settings), settings, folders, tmp_path / "out")
-    assert (done["cat"]["steps"], done["dog"]["steps"]) == (20, 10)
-    assert sizes == [2] * 10 + [1] * 10
+    folders = {name: draw_concept(tmp_path / name, seed) for seed, name in enumerate(("cat", "dog", "cow"))}
+    backbone = load_backbone(settings)
+    done = train_some(backbone, settings, folders, tmp_path / "out")
+    assert [found["steps"] for found in done.values()] == [20, 10, 20]
+    assert sizes == [2] * 20 + [1] * 10  # the cat with the dog, then with the cow, which goes on alone
+    alone = train_some(backbone, settings, {"cow": folders["cow"]}, tmp_path / "alone")
+    assert torch.allclose(torch.tensor(alone["cow"]["curve"]), torch.tensor(done["cow"]["curve"]), atol=1e-5)
+    assert (rows_of(tmp_path / "alone" / "cow") - rows_of(tmp_path / "out" / "cow")).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("model", ["tiny", "embedded"])
