@@ -1,6 +1,6 @@
 """Teach a folder of concepts: DIR/<name>/* becomes OUT/<name>/, several concepts in one pass of the denoiser.
 
-    python scripts/train_concepts.py DIR --out OUT [--model M] [--group 8] [--shard 0/4] [--set key=value …]
+    python scripts/train_concepts.py DIR --out OUT [--together 8] [--shard 0/4] [--set key=value …]
 
 Killed, the same command continues: finished concepts are left alone, the others go on from their states.
 """
@@ -26,7 +26,7 @@ def main(
         str | None, typer.Option(help="textual-inversion, dreambooth-lora or custom-diffusion.")
     ] = None,
     stop: Annotated[str | None, typer.Option(help="plateau, dvar, clip or budget.")] = None,
-    group: Annotated[int, typer.Option(help="Concepts in one pass (textual inversion).")] = 8,
+    together: Annotated[int | None, typer.Option(help="Concepts in one pass (textual inversion).")] = None,
     shard: Annotated[str, typer.Option(help="i/n: every n-th concept, for n machines.")] = "0/1",
     seed: Annotated[int | None, typer.Option(help="Of everything.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value.")] = None,
@@ -36,16 +36,15 @@ def main(
     as_json: AsJson = False,
 ) -> None:
     """Teach a folder of concepts, several in one pass."""
-    given = {"model": model, "method": method, "stop": stop, "seed": seed}
+    given = {"model": model, "method": method, "stop": stop, "seed": seed, "together": together}
     try:
         from t2iprobe.inversion.commands import load_training, train_folders
         from t2iprobe.progress import progress_bar
 
         with progress_bar("steps") as progress:
             outcomes = train_folders(
-                folder, load_training(given, settings), out,
-                group=group, shard=shard, skip_bad=skip_bad, progress=progress,
-            )  # fmt: skip
+                folder, load_training(given, settings), out, shard=shard, skip_bad=skip_bad, progress=progress
+            )
     except KeyboardInterrupt:
         print("train_concepts: stopped: the same command continues", file=sys.stderr)
         sys.exit(130)

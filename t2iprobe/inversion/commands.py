@@ -94,19 +94,16 @@ def train_folders(
     settings: Training,
     out: Path,
     *,
-    group: int = 8,
     shard: str = "0/1",
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train every subfolder's concept into ``out/<its name>``, `group` of them in one pass, or continue.
+    """Train every subfolder's concept into ``out/<its name>``, several in one pass, or continue.
 
     The token of ``My Cat`` is ``<my-cat>``. `shard` i/n takes every n-th subfolder, from the i-th.
     Returns subfolder → training.json.
     """
     index, count = read_share(shard)
-    if group < 1:
-        raise UserError(f"--group takes 1 or more concepts, not {group}")
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: give one with a subfolder of pictures for each concept"
@@ -119,15 +116,12 @@ def train_folders(
         check_token(token, [])
     chosen = found[index::count]
     backbone = load_backbone(settings)
-    outcomes: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(chosen), group):
-        part = chosen[start : start + group]
-        jobs = [
-            (read_concept(path, tokens[path], settings, backbone, skip_bad=skip_bad), out / path.name)
-            for path in part
-        ]
-        trained = train_jobs(backbone, jobs, settings, progress=progress)
-        outcomes |= {path.name: outcome for path, outcome in zip(part, trained, strict=True)}
+    jobs = [
+        (read_concept(path, tokens[path], settings, backbone, skip_bad=skip_bad), out / path.name)
+        for path in chosen
+    ]
+    trained = train_jobs(backbone, jobs, settings, progress=progress)
+    outcomes = {path.name: outcome for path, outcome in zip(chosen, trained, strict=True)}
     refuse_broken(list(outcomes.values()))  # at the end: one bad concept keeps no other from training
     return outcomes
 

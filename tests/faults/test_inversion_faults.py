@@ -147,10 +147,10 @@ def test_a_killed_script_goes_on_with_what_is_left(tiny_model: Path, tmp_path: P
     settings += [word for word in QUICK if word.startswith("--set")]
     words = [
         *(SCRIPTS / "train_concepts.py", tmp_path / "concepts", "--out", out, "--model", tiny_model),
-        *("--stop", "budget", "--group", 2, *settings),
+        *("--stop", "budget", "--together", 2, *settings),
     ]
-    in_second_group = (out / "dog" / "state.safetensors").exists
-    assert start(*words).kill_when(in_second_group).code == -signal.SIGKILL
+    third_began = (out / "dog" / "state.safetensors").exists
+    assert start(*words).kill_when(third_began).code == -signal.SIGKILL
     first = {name: (out / name / "training.json").stat().st_mtime_ns for name in ("cat", "cow")}
     assert not (out / "dog" / "training.json").exists()
 
@@ -494,7 +494,7 @@ def test_a_bad_concept_keeps_no_other_from_training(tiny_model: Path, tmp_path: 
     settings = ("max_steps=2", "every=1", "dtype=float32", "init=thing", "row_rate=1e30")
     words = [
         *(SCRIPTS / "train_concepts.py", tmp_path / "concepts", "--out", tmp_path / "out"),
-        *("--model", tiny_model, "--stop", "budget", "--group", 1),
+        *("--model", tiny_model, "--stop", "budget", "--together", 1),
         *(word for word in QUICK if word.startswith("--set")),
         *(f"--set={pair}" for pair in settings),
     ]

@@ -89,6 +89,6 @@ def test_what_the_page_names_is_there() -> None:
         CliRunner().invoke(app, ["inversion", command, "--help"], env={"COLUMNS": "200"}).output
         for command in ("train", "evaluate", "teach", "convert")
     )
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--group", "--shard", "--model"}
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--together", "--shard", "--model"}
     missing = {option for option in options if option not in help_texts}
     assert missing <= {"--synsets"}

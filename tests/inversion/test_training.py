@@ -244,11 +244,11 @@ def test_textual_inversion_takes_no_prior(tiny_model: Path, tmp_path: Path, conc
         train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)
 
 
-def test_a_folder_of_concepts_is_trained_in_groups_and_in_shares(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_of_concepts_is_trained_together_and_in_shares(tiny_model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("Cat", "dog_2", "cow")):
         draw_concept(tmp_path / "concepts" / name, seed)
     settings = settings_for(tiny_model, max_steps=2)
-    whole = train_folders(tmp_path / "concepts", settings, tmp_path / "out", group=2)
+    whole = train_folders(tmp_path / "concepts", settings, tmp_path / "out")
     assert {name: found["token"] for name, found in whole.items()} == {
         "Cat": "<cat>",
         "cow": "<cow>",
