@@ -221,14 +221,8 @@ class QuantizedSource:
         for layer, layout in enumerate(self._layouts):
             for _ in source.read(layer, buffer):
                 pass
-            self._tensors.append(
-                {
-                    name: quantize(tensor, bits, group)
-                    if tensor.dim() > 1 and tensor.is_floating_point()
-                    else tensor.clone()
-                    for name, tensor in view_tensors(layout, buffer).items()
-                }
-            )
+            tensors = view_tensors(layout, buffer)
+            self._tensors.append({name: _hold(tensor, bits, group) for name, tensor in tensors.items()})
 
     @property
     def layers(self) -> int:
@@ -249,8 +243,14 @@ class QuantizedSource:
             if isinstance(tensor, Quantized):
                 dequantize(tensor, places[name])
             else:
-                places[name].copy_(tensor)
+                places[name].copy_(tensor, non_blocking=True)
             yield tensor.nbytes
+
+
+def _hold(tensor: torch.Tensor, bits: int, group: int) -> Quantized | torch.Tensor:
+    is_matrix = tensor.dim() > 1 and tensor.is_floating_point()
+    held = quantize(tensor, bits, group) if is_matrix else tensor.clone()
+    return held.pin_memory() if torch.cuda.is_available() else held
 
 
 class Link:

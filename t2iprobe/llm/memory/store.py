@@ -76,7 +76,7 @@ class Counters:
 
 @dataclass
 class _Buffer:
-    """A place of the ring; on a GPU, also the event after which it may be written again."""
+    """Memory for a layer; on a GPU, with the event after which it may be written."""
 
     data: torch.Tensor
     used: torch.cuda.Event | None = None
@@ -125,12 +125,12 @@ class WeightStore:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._stay: dict[int, dict[str, torch.Tensor]] = {}
         for layer in self.resident:
-            buffer = _Buffer(self._allocate(source.nbytes(layer)))
+            buffer = self._allocate(source.nbytes(layer))
             self._load(layer, buffer)
             self._stay[layer] = self._view(layer, buffer)
         size = max(map(source.nbytes, self._streamed), default=0)
         count = min(buffers, len(self._streamed))
-        self._free = deque(_Buffer(self._allocate(size)) for _ in range(count))
+        self._free = deque(self._allocate(size) for _ in range(count))
         self.buffers = count
         self._reader = None
         if prefetch and self._streamed:
@@ -197,17 +197,20 @@ class WeightStore:
         if self._is_closing:
             raise RuntimeError("the weight store is closed")
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
+    def _allocate(self, nbytes: int) -> _Buffer:
         data = empty_buffer(nbytes, self.device)
         self._counters.resident_peak_bytes += data.nbytes
-        return data
+        return _Buffer(data, self._record())
+
+    def _record(self) -> torch.cuda.Event | None:
+        """Mark, on a GPU, what was asked of it so far."""
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
 
     def _view(self, layer: int, buffer: _Buffer) -> dict[str, torch.Tensor]:
         return view_tensors(self.source.layout(layer), buffer.data)
 
     def _give_back(self, buffer: _Buffer) -> None:
-        if self._stream is not None:
-            buffer.used = torch.cuda.current_stream(self.device).record_event()
+        buffer.used = self._record()
         self._free.append(buffer)
         self._changed.notify_all()
 
@@ -268,16 +271,15 @@ class WeightStore:
         except BaseException as error:  # whatever it is, the caller waits for it
             caught = error
         with self._changed:
-            if self._is_closing or epoch != self._epoch or caught is not None:
-                self._free.append(buffer)
             if epoch != self._epoch:
-                return
-            if caught is None:
-                self._ready.append(_Arrival(layer, buffer))
-                self._coming = (self._coming + 1) % len(self._streamed)
-            else:
+                self._free.append(buffer)
+            elif caught is not None:
+                self._free.append(buffer)
                 self._ready.append(_Arrival(layer, error=caught))
                 self._is_paused = True
+            else:
+                self._ready.append(_Arrival(layer, buffer))
+                self._coming = (self._coming + 1) % len(self._streamed)
             self._changed.notify_all()
 
     def _load(self, layer: int, buffer: _Buffer, epoch: int = 0) -> None:
@@ -285,10 +287,12 @@ class WeightStore:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             if self._stream is not None and buffer.used is not None:
                 self._stream.wait_event(buffer.used)
-            for nbytes in self.source.read(layer, buffer.data):
-                with self._changed:
-                    self._counters.bytes_read += nbytes
-                    if self._is_closing or epoch != self._epoch:
-                        return
-            if self._stream is not None:
-                self._stream.synchronize()
+            try:
+                for nbytes in self.source.read(layer, buffer.data):
+                    with self._changed:
+                        self._counters.bytes_read += nbytes
+                        if self._is_closing or epoch != self._epoch:
+                            return
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()
