@@ -1,7 +1,14 @@
 """Tiny language models with random weights, in float64: what is equal is equal."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 40
 
@@ -46,3 +53,23 @@ def write_plainly(model: LlamaForCausalLM, prompt: torch.Tensor, count: int) -> 
         token = model(text[None]).logits[0, -1].argmax()
         text = torch.cat([text, token[None]])
     return text[len(prompt) :].tolist()
+
+
+WORDS = ["<s>", "</s>", "<unk>", "user", "bot", ":", *"abcdefghijklmnopqrstuvwxyz", *"0123456", "."]
+
+
+def save_toy(folder: Path, model: LlamaForCausalLM | None = None, words: Sequence[str] = WORDS) -> Path:
+    """Write a toy with a tokenizer of single letters and a chat template, as a folder that loads."""
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for message in messages %}{{ message.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    (model or make_toy()).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder

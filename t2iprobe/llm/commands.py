@@ -410,10 +410,11 @@ def describe_generated(engine: Engine, made: Generated, bytes_read: int) -> dict
 # -- sizes ---------------------------------------------------------------------------------------------
 
 
-def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, keep: bool = True) -> PassTimes:
+def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, fresh: bool = False) -> PassTimes:
     """Return the seconds of passes of the target as it stands in memory, and of the draft.
 
-    Kept in the cache folder for this model, memory, draft, device and number of threads.
+    Kept in the cache folder for this model, memory, draft, device and number of threads; measured anew where
+    that is missing, or all should be `fresh`. What a simulated link gives is not kept.
     """
     sizes = [1, *(budget + 1 for budget in BUDGETS if budget <= most)]
     key = {
@@ -429,7 +430,8 @@ def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, keep: bool
     from hashlib import sha256
 
     file = cache_folder("pass_times", f"{sha256(json.dumps(key).encode()).hexdigest()[:24]}.json")
-    if keep and file.exists():
+    keep = not (engine.store is not None and isinstance(engine.store.source, Capped))
+    if keep and not fresh and file.exists():
         try:
             found = json.loads(file.read_text())
             return PassTimes(*({int(n): s for n, s in found[who].items()} for who in ("target", "draft")))
@@ -440,16 +442,16 @@ def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, keep: bool
     if isinstance(engine.draft, ModelDraft):
         draft = measure_passes(engine.draft.decoder, sizes, repeats=repeats)
     times = PassTimes(target, draft)
-    if keep and not (engine.store is not None and isinstance(engine.store.source, Capped)):
+    if keep:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(key | asdict(times), indent=1).encode())
     return times
 
 
-def plan_trees(engine: Engine, acceptance: Acceptance | None = None, measure: bool = True) -> dict[str, Any]:
+def plan_trees(engine: Engine, acceptance: Acceptance | None = None, measure: bool = False) -> dict[str, Any]:
     """Return the measured pass times, the table of tree sizes, and the choice: what `llm plan` prints."""
     began = time.perf_counter()
-    times = measure_engine(engine, keep=not measure)
+    times = measure_engine(engine, fresh=measure)
     acceptance = acceptance or Acceptance(known_acceptance(engine.draft_name))
     best, table = MeasuredSizer(times).table(acceptance)
     sizes = [asdict(size) | {"token_seconds": size.token_seconds} for size in table]
