@@ -332,6 +332,13 @@ def test_equal_distributions_leave_no_residual(monkeypatch: pytest.MonkeyPatch) 
     assert len(verified.path) <= 1
 
 
+def test_the_smallest_uniform_accepts_no_filtered_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2iprobe.llm.engine.verification._draw_uniform", lambda generator: 0.0)
+    tree = star(torch.tensor([1.0, 0.0]), 1, torch.Generator())
+    verified = verify_residual(tree, lambda node: torch.tensor([0.0, 1.0]).log(), torch.Generator())
+    assert (verified.path, verified.token) == ([], 1)
+
+
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
 def test_a_token_without_probability_is_never_drawn(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t2iprobe.llm.engine.verification._draw_uniform", lambda generator: uniform)
