@@ -137,9 +137,11 @@ def test_a_prompt_in_chunks_and_in_parts_is_the_same(family, monkeypatch):
     expected = torch.stack([toys.plain_logits(decoder.model, text) for text in PROMPTS])
     torch.testing.assert_close(logits, expected, rtol=0, atol=EXACT[family])
     monkeypatch.setattr(decoding, "CHUNK", 4)
-    passes = decoder.passes
+    passes, heads = decoder.passes, []
+    decoder.model.lm_head.register_forward_hook(lambda *call: heads.append(call[2].shape[1]))
     chunked, logits = decoder.prefill(PROMPTS)
     assert decoder.passes == passes + 4
+    assert heads == [1]  # of the last chunk's last row alone
     torch.testing.assert_close(logits, expected, rtol=0, atol=EXACT[family])
     parts, _ = decoder.prefill([text[:2] for text in PROMPTS])
     parts, logits = decoder.prefill([text[2:] for text in PROMPTS], parts)
