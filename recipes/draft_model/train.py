@@ -23,9 +23,9 @@ from t2iprobe.llm.engine.student import own_parameters, student_of
 from t2iprobe.llm.models import find_language_model, load_language_model
 from t2iprobe.storage import write_atomically
 
-LAYERS = (0, 1, 28, 29)
+LAYERS = (0, 10, 20, 29)
 RANDOM = 2048
-TOKENS = 2400  # in a batch, prompts included
+TOKENS = 1600  # in a batch, prompts included
 
 
 def initial_student(target: nn.Module, layers: tuple[int, ...]) -> nn.Module:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, help="default: WORK/student.pt")
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--hard", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
@@ -142,7 +142,7 @@ def main() -> None:
                 speed = read / (time.time() - shown)
                 print(f"step {step}: loss {np.mean(losses):.3f}, {speed:.0f} tokens/s", flush=True)
                 losses, read, shown = [], 0, time.time()
-            if step % 500 == 0 or step == given.steps:
+            if step % 250 == 0 or step == given.steps:
                 vector = acceptance(student, held_out[: 150 if step < given.steps else None])["all"]
                 print(f"step {step}: acceptance {' '.join(f'{p:.3f}' for p in vector)}", flush=True)
                 shown = time.time()

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from t2iprobe.errors import UserError
-from t2iprobe.llm.memory.quantization import Quantized, dequantize
 
 FOLDER = Path(__file__).parents[2] / "assets" / "draft_model"
 # What a target must have in common with the one that the student was taught by.
@@ -38,8 +37,9 @@ def load_student(target: Any, folder: Path = FOLDER) -> Any:
         if name in stored:
             parameter.copy_(stored[name])
             continue
+        # 8-bit groups of rows: codes [groups, rows, columns], a scale and a minimum [groups, 1, columns]
         codes, scale, minimum = (stored[f"{name}.{part}"] for part in ("codes", "scale", "minimum"))
-        dequantize(Quantized((codes,), scale, minimum, 8, tuple(parameter.shape), torch.float32), parameter)
+        parameter.copy_(torch.addcmul(minimum, codes.float(), scale).view(parameter.shape))
     return student
 
 
