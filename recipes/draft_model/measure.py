@@ -7,6 +7,7 @@ of rank b.
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from prompts import PROMPT_WRITING, WORDINGS
 from torch import Tensor, nn
 
 from t2iprobe.llm.engine.shapes import chain_shape, expected_tokens, optimal_shape
+from t2iprobe.storage import write_atomically
 
 WIDTH = 8
 
@@ -83,8 +85,8 @@ def tokens_per_pass(vector: np.ndarray, budget: int = 64) -> tuple[float, float]
 
 
 def main() -> None:
-    """Print the acceptance of the shipped student as a Markdown table."""
-    from t2iprobe.llm.engine.student import load_student
+    """Print the acceptance of the shipped student as a Markdown table, and write it into its config.json."""
+    from t2iprobe.llm.engine.student import FOLDER, load_student
     from t2iprobe.llm.models import find_language_model, load_language_model
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -97,10 +99,15 @@ def main() -> None:
         + " | sum | tree of 64 | chain of 64 |"
     )
     print("|---|" + "---|" * (WIDTH + 3))
-    for name, vector in acceptance(student, read_texts(given.work / "held_out")).items():
+    found = acceptance(student, read_texts(given.work / "held_out"))
+    for name, vector in found.items():
         tree, chain = tokens_per_pass(vector)
         cells = [*(f"{p:.3f}" for p in vector), f"{vector.sum():.3f}", f"{tree:.2f}", f"{chain:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
+    # Where the estimate of the engine begins.
+    config = json.loads((FOLDER / "config.json").read_text())
+    config["acceptance"] = [round(share, 3) for share in found["prompt writing"].tolist()]
+    write_atomically(FOLDER / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
