@@ -5,6 +5,7 @@ row is written back with two vector operations.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,8 +14,8 @@ from t2iprobe.errors import UserError
 # Codes are stored as planes of bits that divide a byte.
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 # Weights that are dequantised together: on a CPU, as many as its cache holds.
-_TOGETHER = {"cpu": 1 << 17}
-_TOGETHER_ELSEWHERE = 1 << 24
+_TOGETHER = 1 << 18
+_TOGETHER_ON_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,14 @@ class Quantized:
     """A matrix in few bits: weight = minimum + scale · code.
 
     planes: of each plane of bits, uint8 [groups, bytes a column, columns]; scale and minimum: float32
-    [groups, 1, columns]; shape and dtype: the tensor's own. The rows are padded to whole groups.
+    [groups, 1, columns]. The rows are padded to whole groups.
     """
 
     planes: tuple[torch.Tensor, ...]
     scale: torch.Tensor
     minimum: torch.Tensor
     bits: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    group: int
 
     @property
     def nbytes(self) -> int:
@@ -68,31 +68,31 @@ def quantize(tensor: torch.Tensor, bits: int, group: int = 64) -> Quantized:
     for width in _PLANES[bits]:
         planes.append(_pack((codes >> shift) & (2**width - 1), width))
         shift += width
-    return Quantized(tuple(planes), scale, minimum, bits, tuple(tensor.shape), tensor.dtype)
+    return Quantized(tuple(planes), scale, minimum, bits, group)
 
 
 def dequantize(quantized: Quantized, out: torch.Tensor) -> None:
     """Write the matrix to `out` [*shape], of any floating-point dtype, on any device."""
     groups, _, columns = quantized.scale.shape
     rows = out.view(out.shape[0], columns)
-    group = quantized.planes[0].shape[1] * 8 // _PLANES[quantized.bits][0]
-    together = _TOGETHER.get(out.device.type, _TOGETHER_ELSEWHERE)
-    step = min(groups, max(1, together // (group * columns)))
+    group = quantized.group
+    on_cpu = out.device.type == "cpu"
+    step = min(groups, max(1, (_TOGETHER if on_cpu else _TOGETHER_ON_GPU) // (group * columns)))
     codes = torch.empty(step, group, columns, dtype=torch.uint8, device=out.device)
     floats = torch.empty(step, group, columns, dtype=torch.float32, device=out.device)
     for first in range(0, groups, step):
         last = min(first + step, groups)
-        *planes, scale, minimum = (
-            part[first:last].to(out.device, non_blocking=True)
-            for part in (*quantized.planes, quantized.scale, quantized.minimum)
-        )
-        _unpack(planes, quantized.bits, codes[: last - first])
         target = rows[first * group : last * group]
         # Straight into `out` where it can hold the whole groups, as floats.
         in_place = out.dtype == torch.float32 and len(target) == (last - first) * group
         values = target.view(-1, group, columns) if in_place else floats[: last - first]
-        values.copy_(codes[: last - first])
-        torch.addcmul(minimum, values, scale, out=values)
+        parts = [
+            part[first:last].to(out.device, non_blocking=True)
+            for part in (*quantized.planes, quantized.scale, quantized.minimum)
+        ]
+        arrays = [codes[: last - first], values, *parts]
+        # numpy computes with one thread: torch would take those that a pass computes with, and wait for them.
+        _restore(quantized.bits, *([array.numpy() for array in arrays] if on_cpu else arrays))
         if not in_place:
             target.copy_(values.view(-1, columns)[: len(target)])
 
@@ -106,15 +106,19 @@ def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
     return packed
 
 
-def _unpack(planes: list[torch.Tensor], bits: int, codes: torch.Tensor) -> None:
-    """Undo `_pack` of all planes into `codes` uint8 [groups, rows, columns]."""
+def _restore(bits: int, codes: Any, values: Any, *parts: Any) -> None:
+    """Write minimum + scale · code to `values`; `parts`: planes, scale, minimum. All are numpy, or torch."""
+    *planes, scale, minimum = parts
     shift = 0
     for plane, width in zip(planes, _PLANES[bits], strict=True):
-        parts = codes.unflatten(1, (8 // width, -1))
+        rows = plane.shape[1]
         for part in range(8 // width):
-            values = (plane >> part * width) & (2**width - 1)
+            some = codes[:, part * rows : (part + 1) * rows]
             if shift:
-                parts[:, part] |= values << shift
+                some |= ((plane >> part * width) & (2**width - 1)) << shift
             else:
-                parts[:, part] = values
+                some[...] = (plane >> part * width) & (2**width - 1)
         shift += width
+    values[...] = codes
+    values *= scale
+    values += minimum

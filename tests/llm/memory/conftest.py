@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2iprobe.llm.memory.packing import Packed, pack_layers
 
@@ -10,6 +9,8 @@ from t2iprobe.llm.memory.packing import Packed, pack_layers
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained Llama of four layers, 100 KB each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("language_models") / "llama"
     torch.manual_seed(0)
     config = LlamaConfig(
