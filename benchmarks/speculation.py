@@ -374,7 +374,7 @@ def judge(
         verdicts.append(
             {
                 "claim": "replays count the passes that were really made, to 1 %",
-                "holds": abs(sums[0] - sums[1]) <= 0.01 * sums[1],
+                "holds": bool(abs(sums[0] - sums[1]) <= 0.01 * sums[1]),
                 "detail": f"{equal} of {len(passes)} texts equal, {sums[0]} and {sums[1]} passes in all",
             }
         )
