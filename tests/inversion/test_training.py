@@ -168,7 +168,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(
     command = [
         *(sys.executable, "-m", "t2iprobe", "inversion", "train", str(concept_folder), "--token", "<cat>"),
         *("--model", str(tiny_model) if model == "tiny" else model, "--method", method, "--stop", "budget"),
-        *("--max-steps", "60" if model == "tiny" else "30"),
+        *("--max-steps", "200" if model == "tiny" else "30"),
         *("--dtype", "float32", "--every", "2", *more),
     ]
     environment = os.environ | {"T2IPROBE_STATE_SECONDS": "0", "OMP_NUM_THREADS": "1"}
