@@ -50,12 +50,18 @@ class Kept(dict[str, Any]):
 
 
 def check_identity(work: Path, identity: Mapping[str, Any]) -> None:
-    """Raise UserError where a folder holds another benchmark."""
+    """Raise UserError where a folder holds another benchmark. It may get further `drafts`."""
     work.mkdir(parents=True, exist_ok=True)
-    path = work / "identity.json"
-    if path.exists() and json.loads(path.read_text()) != identity:
-        raise UserError(f"{work} holds a benchmark of another model or other settings: give another --work")
-    write_atomically(path, json.dumps(identity, indent=1).encode())
+    path, drafts = work / "identity.json", identity.get("drafts", {})
+    if path.exists():
+        before = json.loads(path.read_text())
+        known = before.get("drafts", {})
+        if {**before, "drafts": {}} != {**identity, "drafts": {}} or known | drafts != drafts | known:
+            raise UserError(
+                f"{work} holds a benchmark of another model or other settings: give another --work"
+            )
+        drafts = known | drafts
+    write_atomically(path, json.dumps({**identity, "drafts": drafts}, indent=1).encode())
 
 
 def identify_draft(name: str) -> str:

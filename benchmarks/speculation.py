@@ -1,6 +1,6 @@
 """How many tokens a pass of the target yields: trees, chains, Transformers' assisted generation, one run.
 
-    python benchmarks/speculation.py [--work DIR] [--json FILE] [--drafts student,early-exit:20,lookup,copy:4]
+    python benchmarks/speculation.py [--work DIR] [--json FILE] [--drafts student,early-exit:8,lookup,copy:4]
     python benchmarks/speculation.py --show        # the table of what has been measured so far
 
 The target first writes its own text after every prompt: greedy, plain decoding by Transformers. What each
@@ -11,8 +11,9 @@ target that reads the known text instead of computing it. Where the draft's gues
 the judged budget, and everything of Transformers, are *written*: real passes, whose texts must be the
 target's own; and where both were done, both must count the same passes.
 
-The first draft grows every tree on all prompts; the others grow best-first trees, and the written chains and
-optimal trees are, on the first `--few` prompts of each task. Killed, the same command continues.
+The first draft grows every tree on all prompts. Best-first trees of other models, and written chains and
+optimal trees, are only grown on the first `--few` prompts of each task. Killed, the same command continues;
+it may name further drafts.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ from t2iprobe.storage import hash_files, write_atomically
 
 GROWTHS = ("best-first", "optimal", "chain")
 BUDGETS = (8, 16, 32, 64, 128, 256)
-DRAFTS = ("student", "early-exit:20", "lookup", "copy:4")
+DRAFTS = ("student", "early-exit:8", "lookup", "copy:4")
 JUDGED = 64
+FEW_BUDGETS = (8, JUDGED)  # of the best-first trees of other models, each pass of which takes long
 LOOKUP_TOKENS = 10  # of Transformers' prompt lookup, its own example's
 PER = 256  # tokens that passes are counted for
 
@@ -281,11 +283,11 @@ def plan_arms(bench: Bench, options: argparse.Namespace) -> list[Arm]:
     arms.append(Arm(f"prompt lookup/{LOOKUP_TOKENS}", partial(bench.look_up, LOOKUP_TOKENS)))
     cells = [(g, b) for g in ("chain", "optimal", "best-first") for b in options.budgets]
     arms += [replay(first, growth, budget) for growth, budget in cells if budget != JUDGED]
-    arms += [
-        replay(name, growth, budget, growth == "best-first" and name != "lookup")
-        for name in others
-        for growth, budget in cells
-    ]
+    for name in others:
+        for growth, budget in cells:
+            takes_long = growth == "best-first" and name != "lookup"
+            if not takes_long or budget in FEW_BUDGETS:
+                arms.append(replay(name, growth, budget, takes_long))
     return arms
 
 

@@ -134,6 +134,15 @@ def test_texts_may_differ_at_ties_only(common: ModuleType) -> None:
     assert common.judge_texts([short], "all")["holds"] is False
 
 
+def test_a_folder_takes_more_drafts_but_no_other_ones(common: ModuleType, tmp_path: Path) -> None:
+    common.check_identity(tmp_path, {"model": "a", "drafts": {"student": "1"}})
+    common.check_identity(tmp_path, {"model": "a", "drafts": {"lookup": "2"}})
+    common.check_identity(tmp_path, {"model": "a", "drafts": {"lookup": "2", "student": "1"}})
+    for other in ({"model": "b", "drafts": {}}, {"model": "a", "drafts": {"student": "2"}}, {"drafts": {}}):
+        with pytest.raises(common.UserError, match="another model or other settings"):
+            common.check_identity(tmp_path, other)
+
+
 def made_up(speculation: ModuleType, tree: int, chain: int, assisted: int) -> list[bool]:
     """Verdicts where 100 tokens took so many passes of the target."""
     common = sys.modules["language_common"]
