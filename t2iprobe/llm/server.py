@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ __all__ = ["Writer", "make_app", "serve_engine"]
 
 # Tokens of a chat's answer where neither the request nor the model's context ends it.
 _MOST_TOKENS = 4096
-# Seconds that running answers have when the server ends.
-_GRACE = 1
+# Seconds in which clients must have read that the server ends.
+_GRACE = 2
 
 
 # -- requests ------------------------------------------------------------------------------------------
@@ -147,7 +148,6 @@ class _Ask(_Part):
     frequency_penalty: _Zero = 0.0
     presence_penalty: _Zero = 0.0
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] = {}
-    logprobs: Literal[False] = False
     # Of no effect on the text.
     user: str = ""
 
@@ -177,6 +177,7 @@ class _CompletionAsk(_Ask):
 class _ChatAsk(_Ask):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Literal[False] = False
     top_logprobs: Literal[0] = 0
     tools: Annotated[list[Any], Field(max_length=0)] = []
     tool_choice: Literal["none"] = "none"
@@ -313,6 +314,8 @@ class Writer:
         self.name = folder.resolve().name if folder.is_dir() else engine.files.name
         self.created = int(time.time())
         self._thread = ThreadPoolExecutor(1, "writer")
+        self._jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
+        self._has_ended = False
 
     def check_name(self, model: str) -> None:
         """Raise ApiError for another model than this."""
@@ -320,17 +323,38 @@ class Writer:
             message = f"The model '{model}' does not exist here, only '{self.name}'."
             raise ApiError(message, 404, "model", "model_not_found")
 
+    def end(self) -> None:
+        """Tell all who wait for a text, from now on too, that they wait in vain."""
+        self._has_ended = True
+        for job in self._jobs:
+            job.cancel()
+            job.tell(ApiError("the server ends", 503))
+
     def close(self) -> None:
         """Wait for the text that is being written, and forget those that wait."""
         self._thread.shutdown(cancel_futures=True)
 
     def start(self, order: _Order) -> _Job:
         """Begin to write, as soon as what was asked for before is written."""
+        if self._has_ended:
+            raise ApiError("the server ends", 503)
         job = _Job(order)
+        self._jobs.add(job)
         self._thread.submit(self._write, job)
         return job
 
     def _write(self, job: _Job) -> None:
+        try:
+            outcome: Generated | ApiError = self._generate(job)
+        except _Cancelled:
+            return
+        except BaseException as error:  # a tokenizer's panic is no Exception; a client would wait for ever
+            logging.getLogger(__name__).exception("writing failed")
+            # Only its words: the exception itself holds the caches of the text.
+            outcome = ApiError(f"writing failed: {type(error).__name__}: {error}", 500)
+        job.tell(outcome)
+
+    def _generate(self, job: _Job) -> Generated:
         order, parts = job.order, _Parts(self.engine.tokenizer, job.order.stop)
 
         def tell(_: int, tokens: list[int]) -> None:
@@ -338,8 +362,8 @@ class Writer:
             if part := parts.extend(tokens):
                 job.tell(part)
 
+        job.check()
         try:
-            job.check()
             (made,) = generate(
                 self.engine.target,
                 self.engine.draft,
@@ -352,18 +376,12 @@ class Writer:
                 tokenizer=self.engine.tokenizer,
                 on_tokens=tell,
             )
-            if part := parts.cut(made.text or ""):
-                job.tell(part)
-            job.tell(made)
-        except _Cancelled:
-            pass
-        except BaseException as error:  # a tokenizer's panic is no Exception; a client would wait for ever
-            logging.getLogger(__name__).exception("writing failed")
-            # Only its words: the exception itself holds the caches of the text.
-            job.tell(ApiError(f"writing failed: {type(error).__name__}: {error}", 500))
         finally:
             if self.engine.draft is not None:
                 self.engine.draft.begin([order.prompt[:1]])  # forgets the text, and gives its cache back
+        if part := parts.cut(made.text or ""):
+            job.tell(part)
+        return made
 
     def order(self, ask: _CompletionAsk | _ChatAsk) -> _Order:
         """Return what is asked for in the engine's words. Raises ApiError for what the model cannot do."""
@@ -562,6 +580,26 @@ def make_app(writer: Writer, api_key: str | None = None) -> Starlette:
     )
 
 
+class _Server(uvicorn.Server):
+    """Ends at once, and tells those who wait."""
+
+    def __init__(self, writer: Writer, api_key: str | None) -> None:
+        config = uvicorn.Config(
+            make_app(writer, api_key),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_GRACE,
+        )
+        super().__init__(config)
+        self._writer = writer
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._writer.end()
+        await super().shutdown(sockets)
+
+
 def serve_engine(engine: Engine, trees: Trees, host: str, port: int, api_key: str | None = None) -> None:
     """Answer requests until SIGINT or SIGTERM; a text that is being written then is cut.
 
@@ -581,17 +619,9 @@ def serve_engine(engine: Engine, trees: Trees, host: str, port: int, api_key: st
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}/v1"
         print(f"t2iprobe: {writer.name} answers at {url}, Ctrl-C ends it", file=sys.stderr, flush=True)
-        config = uvicorn.Config(
-            make_app(writer, api_key),
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_GRACE,
-        )
         try:
             with contextlib.suppress(KeyboardInterrupt):  # the usual end
-                uvicorn.Server(config).run([listener])
+                _Server(writer, api_key).run([listener])
         finally:
             writer.close()
 
@@ -601,7 +631,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).split(" (")[0]  # the address comes below
         raise UserError(
             f"cannot listen on {host}, port {port} ({reason}): "
             "choose another --port (0: any free one) or --host"
