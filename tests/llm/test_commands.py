@@ -170,7 +170,7 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         ({"draft": "early-exit"}, "needs a number"),
         ({"draft": "copy:5"}, "2, 3, 4 or 8 bits"),
         ({"draft": str(foreign)}, "another vocabulary"),
-        ({"draft": "student"}, "was taught by SmolLM2"),
+        ({"draft": "student"}, "drafts only for SmolLM2"),
         ({"draft": "none", "memory": 10_000}, "memory budget of 10000 bytes is too small"),
     ):
         if (
