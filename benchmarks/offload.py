@@ -33,6 +33,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
 from accelerate.utils.offload import OffloadedWeightsLoader, offload_state_dict
 from language_common import (
+    OTHER_TASKS,
     PROMPTS,
     Kept,
     Text,
@@ -217,7 +218,6 @@ class Bench:
     offloaded: Mapping[str, tuple[Any, SlowWeights]]
     texts: Sequence[Text]
     acceptance: Sequence[float]
-    ram: PassTimes
     disk_rate: float
 
     def rate(self, level: str) -> float:
@@ -242,10 +242,10 @@ def run_level(bench: Bench, level: str, kept: Kept, options: argparse.Namespace)
     with ExitStack() as stack:
         streamed, store = bench.open_target(level, True, stack)
         if "passes" not in kept:
-            tell(f"{level}: passes of the target")
-            kept.put("passes", measure_passes(streamed, SIZES, repeats=options.repeats))
+            tell(f"{level}: passes of the target and of the draft")
+            kept.put("passes", time_passes(bench, streamed, options.repeats))
         if "sizes" not in kept:
-            kept.put("sizes", predict(bench, {int(n): s for n, s in kept["passes"].items()}))
+            kept.put("sizes", predict(bench, kept["passes"]))
         contestants = enter(bench, level, streamed, store, kept["sizes"], stack)
         names = list(contestants)
         for turn in range(options.turns):
@@ -257,9 +257,22 @@ def run_level(bench: Bench, level: str, kept: Kept, options: argparse.Namespace)
                     kept.put(f"{turn}/{name}", contestants[name](text, options.passes))
 
 
-def predict(bench: Bench, passes: Mapping[int, float]) -> list[dict[str, Any]]:
+def time_passes(bench: Bench, streamed: Decoder, repeats: int) -> dict[str, Any]:
+    """Return the seconds of passes: of the target here and in RAM, and of the draft; as [[size, seconds]].
+
+    All of them at each level, since a machine is not the same all day.
+    """
+    decoders = {"target": streamed, "ram": bench.plain.target}
+    found = {name: measure_passes(each, SIZES, repeats=repeats) for name, each in decoders.items()}
+    found["draft"] = {1: 0.0, max(SIZES): 0.0}
+    if isinstance(bench.plain.draft, ModelDraft):
+        found["draft"] = measure_passes(bench.plain.draft.decoder, SIZES, repeats=repeats)
+    return {name: list(seconds.items()) for name, seconds in found.items()}
+
+
+def predict(bench: Bench, passes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the chosen size and those that are checked beside it, with what is predicted of them."""
-    sizer = MeasuredSizer(PassTimes(passes, bench.ram.draft), BUDGETS)
+    sizer = MeasuredSizer(PassTimes(dict(passes["target"]), dict(passes["draft"])), BUDGETS)
     best, table = sizer.table(Acceptance(bench.acceptance, weight=1e6))
     sizes = [best, *(size for size in table if (size.budget, size.depth) in CHECKED and size is not best)]
     return [asdict(size) for size in sizes]
@@ -387,8 +400,9 @@ def describe(values: np.ndarray) -> dict[str, Any]:
     return {"value": float(values[0]), "interval": list(interval(values[1:]))}
 
 
-def compare_level(kept: Mapping[str, Any], level: str, rate: float, ram: PassTimes) -> dict[str, Any]:
+def compare_level(kept: Mapping[str, Any], level: str, rate: float) -> dict[str, Any]:
     """Return what came of a level: a row a contestant, and the predictions."""
+    ram = dict(kept["passes"]["ram"])
     names = dict.fromkeys(key.partition("/")[2] for key in kept if "/" in key)
     timed = {name: found for name in names if (found := Timed.collect(kept, name)) is not None}
     rows: dict[str, Any] = {}
@@ -416,21 +430,21 @@ def compare_level(kept: Mapping[str, Any], level: str, rate: float, ram: PassTim
     return {
         "level": level,
         "rate": rate,
+        "ram": ram,
         "rows": rows,
         "predictions": compare_predictions(kept.get("sizes", []), rows),
         "differences": differences,
     }
 
 
-def compute_seconds(name: str, ram: PassTimes) -> float:
-    """Return what a contestant's pass takes with all weights in RAM."""
+def compute_seconds(name: str, ram: Mapping[int, float]) -> float:
+    """Return what a contestant's pass takes with all weights in RAM, by the seconds of each size there."""
     nodes = 1
     if name == TREE:
         nodes = JUDGED + 1
     elif "optimal" in name:
         nodes = int(name.split("optimal ")[1].split(",")[0]) + 1
-    measured = sorted(ram.target)
-    return float(np.interp(nodes, measured, [ram.target[size] for size in measured]))
+    return float(np.interp(nodes, sorted(ram), [ram[size] for size in sorted(ram)]))
 
 
 def compare_predictions(
@@ -522,12 +536,12 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *list_verdicts(report["verdicts"]), "", *report["notes"]])
 
 
-def describe_crossover(levels: Sequence[Mapping[str, Any]], nbytes: int, ram: PassTimes) -> str:
+def describe_crossover(levels: Sequence[Mapping[str, Any]], nbytes: int) -> str:
     """Return, in words, from which bandwidth on computing is what takes the time."""
-    bounds = ", ".join(
-        f"{size} tokens from {nbytes / seconds / 1e9:.2f} GB/s"
-        for size, seconds in sorted(ram.target.items())
-    )
+    sizes = {
+        size: nbytes / float(np.median([level["ram"][size] for level in levels])) for size in levels[0]["ram"]
+    }
+    bounds = ", ".join(f"{size} tokens from {rate / 1e9:.2f} GB/s" for size, rate in sorted(sizes.items()))
     text = f"Compute-bound by the roofline: a pass over {bounds}."
     pays = [
         level["rate"]
@@ -556,7 +570,7 @@ def write_notes(
         f"{bench.disk_rate / 1e9:.2f} GB/s ({how}).",
         "",
         "Roofline: the bytes over the bandwidth or the pass's computation in RAM, whichever takes longer; "
-        "drafting is not in it. " + describe_crossover(levels, nbytes, bench.ram),
+        "drafting is not in it. " + describe_crossover(levels, nbytes),
     ]
     if errors:
         notes[-1] += (
@@ -573,7 +587,8 @@ def write_notes(
 
 def make_bench(options: argparse.Namespace, plain: Engine, setup: Kept) -> Bench:
     """Prepare what all levels share."""
-    rows = choose_rows(options.prompts, 2)  # the first of each task is timed, the second tells acceptance
+    # The first prompt of each task is timed, the second tells acceptance.
+    rows = [each for each in choose_rows(options.prompts, 2) if each[1].get("task") not in OTHER_TASKS]
     texts = write_texts_plainly(plain, rows, options.tokens, (), Kept(options.work / "texts.json"))
     timed = [text for text in texts if text.number == 0]
     others = [text for text in texts if text.number > 0] or timed
@@ -585,20 +600,11 @@ def make_bench(options: argparse.Namespace, plain: Engine, setup: Kept) -> Bench
     packed = pack_model(plain.files, options.dtype)
     if "disk" not in setup:
         setup.put("disk", measure_disk(packed))
-    if "ram" not in setup:
-        tell("passes in RAM")
-        draft = {1: 0.0, max(SIZES): 0.0}
-        if isinstance(plain.draft, ModelDraft):
-            draft = measure_passes(plain.draft.decoder, SIZES)
-        setup.put("ram", {"target": measure_passes(plain.target, SIZES), "draft": draft})
-    ram = PassTimes(*({int(size): s for size, s in setup["ram"][who].items()} for who in ("target", "draft")))
     offloaded = {}
     for name, whole in ((ACCELERATE, False), (WHOLE, True)):
         model = load_language_model(plain.files, dtype=options.dtype)
         offloaded[name] = model, offload(model, options.work / "accelerate", whole)
-    return Bench(
-        plain, packed, read_rest(packed), offloaded, timed, setup["acceptance"], ram, setup["disk"][0]
-    )
+    return Bench(plain, packed, read_rest(packed), offloaded, timed, setup["acceptance"], setup["disk"][0])
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
@@ -619,18 +625,17 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         for level in options.levels:
             kept = Kept(options.work / f"level_{level}.json")
             run_level(bench, level, kept, options)
-            levels.append(compare_level(kept, level, bench.rate(level), bench.ram))
+            levels.append(compare_level(kept, level, bench.rate(level)))
         if "llama" not in setup and (found := measure_llama(options, bench.texts)) is not None:
             setup.put("llama", found)
         if "llama" in setup:
             # In RAM, so the same row stands beside every level.
             for level in levels:
                 kept = Kept(options.work / f"level_{level['level']}.json") | setup["llama"]
-                level |= compare_level(kept, level["level"], level["rate"], bench.ram)
+                level |= compare_level(kept, level["level"], level["rate"])
         return {
             "levels": levels,
             "verdicts": judge(levels),
-            "ram": setup["ram"],
             "acceptance": setup["acceptance"],
             "versions": list_versions(),
             "notes": write_notes(bench, options, levels, "llama" in setup, setup["disk"][1]),

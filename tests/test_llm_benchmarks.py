@@ -252,15 +252,14 @@ def made_up_level(offload: ModuleType, tree: float, prefetch: float, level: str 
         offload.PLAIN: 0.1, offload.ACCELERATE: 1.0, offload.WHOLE: 1.5, offload.UNREAD: 1.0,
         offload.READ: prefetch, offload.TREE: tree, offload.name_size(size): 0.8, offload.LLAMA: 0.05,
     }  # fmt: skip
-    kept: dict[str, Any] = {"sizes": [size]}
+    kept: dict[str, Any] = {"sizes": [size], "passes": {"ram": [[1, 0.1], [129, 1.0]]}}
     for name, took in seconds.items():
         for turn in range(3):
             kept[f"{turn}/{name}"] = {
                 "prefill": 2 * took, "seconds": [took, took * (1 + 0.01 * turn)],
                 "tokens": [4, 4] if "tree" in name else [1, 1], "bytes": [10**8] * 2, "differs": None,
             }  # fmt: skip
-    ram = offload.PassTimes({1: 0.1, 129: 1.0}, {1: 0.01, 129: 0.1})
-    found = offload.compare_level(kept, level, 1e9 * float(level), ram)
+    found = offload.compare_level(kept, level, 1e9 * float(level))
     (row,) = found["predictions"]
     assert row["predicted"] == pytest.approx(0.5)
     assert row["measured"] == pytest.approx(0.8, rel=0.01)
@@ -280,13 +279,12 @@ def test_verdicts_on_slow_memory_can_say_yes_and_no(offload: ModuleType) -> None
 
 
 def test_a_fast_link_asks_nothing_of_trees(offload: ModuleType) -> None:
-    ram = offload.PassTimes({1: 0.1, 129: 1.0}, {})
-    row = {"prefill": 1.0, "seconds": [1.0, 1.0], "tokens": [1, 1], "bytes": [1e8] * 2, "differs": None}
+    row: Any = {"prefill": 1.0, "seconds": [1.0, 1.0], "tokens": [1, 1], "bytes": [1e8] * 2, "differs": None}
     kept = {f"0/{name}": row for name in (offload.ACCELERATE, offload.READ, offload.TREE)}
-    fast = offload.compare_level(kept, "2", 2e9, ram)
+    fast = offload.compare_level(kept | {"passes": {"ram": [[1, 0.1], [129, 1.0]]}}, "2", 2e9)
     assert fast["rows"][offload.READ]["bound_by"] == "compute"
     assert [verdict["holds"] for verdict in offload.judge([fast])] == [True, True]
-    text = offload.describe_crossover([fast], 10**8, ram)
+    text = offload.describe_crossover([fast], 10**8)
     assert "1 tokens from 1.00 GB/s, 129 tokens from 0.10 GB/s" in text
 
 
