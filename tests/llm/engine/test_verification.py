@@ -22,7 +22,7 @@ from t2iprobe.llm.engine.growth import Growth, grow, grow_best_first, grow_chain
 from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.shapes import TreeShape, chain_shape, optimal_shape
 from t2iprobe.llm.engine.tree import DraftTree, make_tree
-from t2iprobe.llm.engine.verification import make_draw, verify_match, verify_residual
+from t2iprobe.llm.engine.verification import _try_children, make_draw, verify_match, verify_residual
 
 PROMPT = (2, 0, 1)
 TOKENS = 4
@@ -320,16 +320,12 @@ def test_one_round_emits_the_target(q: Any, p: Any) -> None:
 
 
 def test_equal_distributions_leave_no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest uniform rejects where p is a rounding below q: what is left is no distribution."""
+    """The largest uniform rejects where p is a rounding below q. Nothing is left to divide by: p stays."""
     monkeypatch.setattr("t2iprobe.llm.engine.verification._draw_uniform", lambda generator: 1 - 2.0**-53)
-    generator = torch.Generator().manual_seed(0)
-    tree = star(P, 3, generator)
-    token = int(tree.tokens[1])
-    rounded = P.clone()
-    rounded[token] *= 1 - 1e-13
-    verified = verify_residual(tree, lambda node: rounded.log(), generator)
-    assert 0 <= verified.token < 4
-    assert len(verified.path) <= 1
+    rounded = P.numpy() * np.array([1, 1, 1 - 1e-13, 1])
+    child, p = _try_children({2: 1}, rounded, P.numpy().copy(), torch.Generator())
+    assert child is None
+    assert np.array_equal(p, rounded)
 
 
 def test_the_smallest_uniform_accepts_no_filtered_token(monkeypatch: pytest.MonkeyPatch) -> None:
