@@ -125,7 +125,7 @@ class KnownDraft:
 
     def begin(self, texts: Sequence[Tensor]) -> None:
         """Start anew with the prompt."""
-        self._length = len(texts[0])
+        self._length = len(texts[0]) if texts else 0
 
     def expand(self, requests: Sequence[Request], processing: Processing) -> list[Tensor]:
         """Return the recorded log q behind nodes on the text, -inf behind all others."""

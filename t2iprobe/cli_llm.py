@@ -33,7 +33,9 @@ Budget = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Bytes for the model's weights, such as 300MB: what does not fit is read from disk."),
+    typer.Option(
+        help="Bytes for the weights of model and draft, such as 300MB: other layers are read from disk."
+    ),
 ]
 Link = Annotated[
     str | None, typer.Option(help="Bytes a second of a simulated link to the weights, such as 250MB.")
@@ -238,7 +240,8 @@ def serve(
 ) -> None:
     """Serve the model to OpenAI's clients: /v1/models, /v1/completions, /v1/chat/completions."""
     from t2iprobe.llm.commands import choose_trees
-    from t2iprobe.llm.server import serve_engine
+    from t2iprobe.llm.server import listen, serve_engine
 
-    with _load(model, draft, memory, link, dtype, device) as engine:
-        serve_engine(engine, choose_trees(engine, tree, budget, 24, "auto"), host, port, api_key)
+    # Before the model, which may take minutes: a port that is taken is told at once.
+    with listen(host, port) as listener, _load(model, draft, memory, link, dtype, device) as engine:
+        serve_engine(engine, choose_trees(engine, tree, budget, 24, "auto"), listener, api_key)

@@ -46,6 +46,11 @@ def offload(_find_benchmarks: None) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def identity(_find_benchmarks: None) -> ModuleType:
+    return importlib.import_module("greedy_identity")
+
+
+@pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model's folder: a random Llama of three layers whose words are t0 … t39."""
     folder = tmp_path_factory.mktemp("toy_language_model")
@@ -320,3 +325,26 @@ def test_slow_memory_is_measured_and_continued(
     assert all(after[key] == value for key, value in killed.items())
     with pytest.raises(offload.UserError, match="another model or other settings"):
         offload.main([*arguments, "--draft", "lookup"])
+
+
+def test_greedy_identity_is_checked_in_every_memory_and_continued(
+    identity: ModuleType, toy_folder: Path, toy_prompts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["--model", str(toy_folder), "--prompts", str(toy_prompts), "--per-task", "2"]
+    arguments += ["--drafts", "early-exit:2,lookup", "--work", str(tmp_path), "--tokens", "12"]
+    arguments += ["--json", str(tmp_path / "found.json"), "--batch", "3", "--budget", "6"]
+    identity.main(arguments)
+    assert "greedy text of 18 kinds of trees, drafts and memory is the target's own but" in (
+        shown := capsys.readouterr().out
+    )
+    assert "**yes** (144 texts, 144 equal token for token" in shown
+    texts = json.loads((tmp_path / "texts.json").read_text())
+    texts["3"]["tokens"][5] = (texts["3"]["tokens"][5] + 1) % VOCABULARY  # as if the target had written it
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    cells = json.loads((tmp_path / "cells.json").read_text())
+    kept = {name: cell for name, cell in cells.items() if name != "half streamed/lookup/chain"}
+    (tmp_path / "cells.json").write_text(json.dumps(kept))
+    identity.main(arguments)
+    assert "**no** (144 texts, 143 equal token for token" in capsys.readouterr().out

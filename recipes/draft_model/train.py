@@ -19,7 +19,7 @@ from generate import WORK
 from measure import acceptance, read_texts
 from torch import Tensor, nn
 
-from t2iprobe.llm.engine.student import own_parameters, student_of
+from t2iprobe.llm.engine.student import load_student, own_parameters, student_of
 from t2iprobe.llm.models import find_language_model, load_language_model
 from t2iprobe.storage import write_atomically
 
@@ -91,11 +91,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--hard", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shipped", action="store_true", help="begin with the shipped student's weights")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     out = given.out or given.work / "student.pt"
     target = load_language_model(find_language_model("smollm2"))
-    student = initial_student(target, tuple(given.layers))
+    student = load_student(target) if given.shipped else initial_student(target, tuple(given.layers))
     learned = list(own_parameters(student).values())
     for parameter in learned:
         parameter.requires_grad_(True)

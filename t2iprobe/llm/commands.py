@@ -26,7 +26,7 @@ from t2iprobe.llm.engine.sizing import (
     measure_passes,
 )
 from t2iprobe.llm.memory.packing import Packed, pack_layers, read_rest, view_tensors
-from t2iprobe.llm.memory.sources import Capped, DiskSource, QuantizedSource, Source
+from t2iprobe.llm.memory.sources import Capped, DiskSource, QuantizedSource, Source, empty_buffer
 from t2iprobe.llm.memory.store import WeightStore, choose_resident
 from t2iprobe.llm.models import (
     DEFAULT_MODEL,
@@ -135,7 +135,8 @@ def load_engine(
     Args:
         model: smollm2, a folder or a hub id.
         draft: one of DRAFTS; None: the student for the packaged target, prompt lookup for others.
-        memory: bytes for the target's weights; what does not fit is read from disk in each pass.
+        memory: bytes for the weights of target and draft; layers of the target that do not fit are read
+            from disk in each pass.
         link: bytes a second of a simulated link that they are read through.
         dtype: of the computation.
         device: where.
@@ -148,14 +149,33 @@ def load_engine(
     if memory is None:
         engine = Engine(files, tokenizer, Decoder(load_language_model(files, dtype=dtype, device=device)))
     else:
-        engine = _load_streamed(files, tokenizer, memory, link, dtype, device, prefetch)
+        packed = pack_model(files, dtype, device)
+        target = load_without_layers(files, read_rest(packed), dtype=dtype, device=device)
+        engine = Engine(files, tokenizer, Decoder(target), memory=memory, packed=packed)
     try:
         name = draft or ("student" if model == DEFAULT_MODEL else "lookup")
         engine.draft_name, engine.draft = name, make_draft(name, engine)
+        if memory is not None:
+            _stream_layers(engine, memory, link, prefetch)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _stream_layers(engine: Engine, memory: int, link: float | None, prefetch: bool) -> None:
+    """Let as many of the target's layers stay as `memory` holds beside all else, and read the others."""
+    assert engine.packed is not None
+    source: Source = DiskSource(engine.packed)
+    if link is not None:
+        source = Capped(source, link)
+    sizes = [source.nbytes(layer) for layer in range(source.layers)]
+    placement = choose_resident(sizes, memory, engine.resident_bytes())
+    device = engine.target.device
+    engine.store = engine.hold(
+        WeightStore(source, placement.resident, max(1, placement.buffers), device, prefetch)
+    )
+    engine.target = Decoder(engine.target.model, engine.store)
 
 
 def pack_model(files: LanguageModelFiles, dtype: str = "auto", device: str = "cpu") -> Packed:
@@ -163,30 +183,6 @@ def pack_model(files: LanguageModelFiles, dtype: str = "auto", device: str = "cp
     cast = ("float32" if device == "cpu" else None) if dtype == "auto" else dtype
     out = cache_folder("packed", f"{files.hash.removeprefix('sha256:')[:16]}-{cast or 'as-is'}")
     return pack_layers(files.folder, out, cast)
-
-
-def _load_streamed(
-    files: LanguageModelFiles,
-    tokenizer: Tokenizer,
-    memory: int,
-    link: float | None,
-    dtype: str,
-    device: str,
-    prefetch: bool,
-) -> Engine:
-    packed = pack_model(files, dtype, device)
-    source: Source = DiskSource(packed)
-    if link is not None:
-        source = Capped(source, link)
-    rest = read_rest(packed)
-    fixed = sum(tensor.nbytes for tensor in rest.values())
-    sizes = [source.nbytes(layer) for layer in range(source.layers)]
-    placement = choose_resident(sizes, memory, fixed)
-    model = load_without_layers(files, rest, dtype=dtype, device=device)
-    store = WeightStore(source, placement.resident, max(1, placement.buffers), device, prefetch)
-    engine = Engine(files, tokenizer, Decoder(model, store), store, memory=memory, packed=packed)
-    engine.hold(store)
-    return engine
 
 
 def make_draft(name: str, engine: Engine) -> Draft | None:
@@ -242,12 +238,14 @@ def _exit_early(engine: Engine, layers: int) -> Any:
             and not any(child.startswith(f"{name}.") or child == name for child in [place])
         ):
             model.set_submodule(name, module)
-    if engine.store is None:
+    if engine.packed is None:
         model.set_submodule(place, nn.ModuleList(whole[:layers]))
     else:
-        source = engine.store.source
+        source = DiskSource(engine.packed)  # not a simulated link: it is read once
         for number, layer in enumerate(decoder_layers(model)):
-            data = _read_layer(engine, number)
+            data = empty_buffer(source.nbytes(number))
+            for _ in source.read(number, data):
+                pass
             tensors = view_tensors(source.layout(number), data)
             own = {
                 key: nn.Parameter(tensor.to(engine.target.device, engine.target.dtype), requires_grad=False)
@@ -255,18 +253,6 @@ def _exit_early(engine: Engine, layers: int) -> Any:
             }
             layer.load_state_dict(own, strict=False, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _read_layer(engine: Engine, layer: int) -> torch.Tensor:
-    """Read a layer's bytes from the packed file, not through a simulated link: it is read once."""
-    from t2iprobe.llm.memory.sources import empty_buffer
-
-    assert engine.packed is not None
-    source = DiskSource(engine.packed)
-    data = empty_buffer(source.nbytes(layer))
-    for _ in source.read(layer, data):
-        pass
-    return data
 
 
 def _copy_target(engine: Engine, bits: int) -> Decoder:

@@ -52,7 +52,7 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"a server needs the package {error.name}: pip install 't2iprobe[serve]'") from None
 
-__all__ = ["Writer", "make_app", "serve_engine"]
+__all__ = ["Writer", "listen", "make_app", "serve_engine"]
 
 # Tokens of a chat's answer where neither the request nor the model's context ends it.
 _MOST_TOKENS = 4096
@@ -600,33 +600,35 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve_engine(engine: Engine, trees: Trees, host: str, port: int, api_key: str | None = None) -> None:
+def serve_engine(engine: Engine, trees: Trees, listener: socket.socket, api_key: str | None = None) -> None:
     """Answer requests until SIGINT or SIGTERM; a text that is being written then is cut.
 
     Args:
         engine: who writes.
         trees: how its trees grow.
-        host: name or address to listen on.
-        port: 0: any free one; the address is printed on stderr.
+        listener: what clients reach, of `listen`; its address is printed on stderr.
         api_key: what clients must send, None: nothing.
 
-    Raises UserError for an address that cannot be listened on, and an empty key.
+    Raises UserError for an empty key.
     """
     if api_key == "":
         raise UserError("an empty API key protects nothing: leave it out, or give one")
-    with _listen(host, port) as listener:
-        writer = Writer(engine, trees)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}/v1"
-        print(f"t2iprobe: {writer.name} answers at {url}, Ctrl-C ends it", file=sys.stderr, flush=True)
-        try:
-            with contextlib.suppress(KeyboardInterrupt):  # the usual end
-                _Server(writer, api_key).run([listener])
-        finally:
-            writer.close()
+    host, port = listener.getsockname()[:2]
+    writer = Writer(engine, trees)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    print(f"t2iprobe: {writer.name} answers at {url}, Ctrl-C ends it", file=sys.stderr, flush=True)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end
+            _Server(writer, api_key).run([listener])
+    finally:
+        writer.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on a name or address and a port, 0: any free one.
+
+    Raises UserError for an address that cannot be listened on.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

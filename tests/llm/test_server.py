@@ -455,17 +455,17 @@ class TestCommand:
         assert f"port {port} (Address already in use)" in done.err
 
     @pytest.mark.parametrize(("host", "port"), [("nowhere.invalid", 0), ("127.0.0.1", 99999)])
-    def test_an_address_that_is_none(self, served, host, port):
-        from t2iprobe.llm.server import serve_engine
+    def test_an_address_that_is_none(self, host, port):
+        from t2iprobe.llm.server import listen
 
         with pytest.raises(UserError, match="cannot listen on"):
-            serve_engine(served.engine, TREES, host, port)
+            listen(host, port)
 
     def test_an_empty_key(self, served):
-        from t2iprobe.llm.server import serve_engine
+        from t2iprobe.llm.server import listen, serve_engine
 
-        with pytest.raises(UserError, match="empty API key"):
-            serve_engine(served.engine, TREES, "127.0.0.1", 0, "")
+        with listen("127.0.0.1", 0) as listener, pytest.raises(UserError, match="empty API key"):
+            serve_engine(served.engine, TREES, listener, "")
 
     @pytest.mark.parametrize("package", ["uvicorn", "starlette"])
     def test_a_missing_extra(self, monkeypatch, package):

@@ -35,7 +35,7 @@ class Draft(Protocol):
         """Whether log q is the distribution of a model, that children can be drawn from."""
 
     def begin(self, texts: Sequence[Tensor]) -> None:
-        """Start anew with these texts, int64 [T_b] each."""
+        """Start anew with these texts, int64 [T_b] each; with none, give back the memory of the last ones."""
 
     def expand(self, requests: Sequence[Request], processing: Processing) -> list[Tensor]:
         """Return log q [F, V] for each request. A row's first request of a round is its tree's root."""
@@ -65,7 +65,7 @@ class ModelDraft:
     def begin(self, texts: Sequence[Tensor]) -> None:
         """Start anew with these texts."""
         self._texts = list(texts)
-        self._cache = self.decoder.new_cache(len(texts), 2 * max(map(len, texts)))
+        self._cache = self.decoder.new_cache(len(texts), 2 * max(map(len, texts), default=0))
         self._slots: list[dict[int, int]] = [{} for _ in texts]  # a node's number → its pending row
 
     def expand(self, requests: Sequence[Request], processing: Processing) -> list[Tensor]:

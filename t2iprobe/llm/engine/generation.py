@@ -27,6 +27,8 @@ __all__ = ["TREES", "Generated", "Trees", "generate"]
 TREES = ("best-first", "optimal", "chain", "none")
 # Rounds between two computations of the best size and shape.
 REPLAN = 8
+# New tokens that a cache has room for at the start; it grows if more are written.
+ROOM = 2048
 # Beyond this no draft that is worth its passes goes on being right.
 MOST_LEVELS = 24
 
@@ -118,18 +120,22 @@ def generate(
     logits processor that cannot be replayed.
     """
     texts = [text.to("cpu", torch.int64) for text in input_ids]
-    run = _Run(target, draft, texts, sampling or Sampling(), trees or Trees(), max_new_tokens, processors)
-    ending = _Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
     if stop and tokenizer is None:
         raise UserError("stop strings need the tokenizer that they are looked for with")
-    while run.active:
-        for row, tokens in run.round():
-            made, before = run.outcomes[row], len(run.outcomes[row].token_ids)
-            made.stop_reason = ending.extend(made.token_ids, tokens, run.most[row], run.is_short[row])
-            made.rounds.append(len(made.token_ids) - before)
-            if on_tokens is not None:
-                on_tokens(row, made.token_ids[before:])
-        run.active = [row for row in run.active if not run.outcomes[row].stop_reason]
+    run = _Run(target, draft, texts, sampling or Sampling(), trees or Trees(), max_new_tokens, processors)
+    ending = _Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
+    try:
+        while run.active:
+            for row, tokens in run.round():
+                made, before = run.outcomes[row], len(run.outcomes[row].token_ids)
+                made.stop_reason = ending.extend(made.token_ids, tokens, run.most[row], run.is_short[row])
+                made.rounds.append(len(made.token_ids) - before)
+                if on_tokens is not None:
+                    on_tokens(row, made.token_ids[before:])
+            run.active = [row for row in run.active if not run.outcomes[row].stop_reason]
+    finally:
+        if draft is not None:
+            draft.begin(())  # gives its cache back
     for made in run.outcomes:
         made.text = None if tokenizer is None else ending.text(made.token_ids, made.stop_reason)
     return run.outcomes
@@ -239,7 +245,7 @@ class _Run:
         # Each prompt's own, so that its text does not depend on what shares the batch.
         self.plans = [_Plan(trees) for _ in texts]
         if texts:
-            capacity = max(map(len, texts)) + max(self.most) + 64
+            capacity = max(map(len, texts)) + min(max(self.most), ROOM) + 64
             self.cache = target.new_cache(len(texts), capacity)
             if draft is not None:
                 draft.begin(texts)

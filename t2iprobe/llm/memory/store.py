@@ -32,7 +32,7 @@ class Placement:
 def choose_resident(
     layer_bytes: Sequence[int], budget_bytes: int, fixed_bytes: int, buffers: int = 2
 ) -> Placement:
-    """Let as many layers stay as `budget_bytes` hold beside `fixed_bytes` (embedding, head) and the ring.
+    """Let as many layers stay as `budget_bytes` hold beside `fixed_bytes` (all else that stays) and the ring.
 
     Where nothing fits but a smaller ring, it is smaller. Where all layers fit, there is none. `nbytes` counts
     the fixed bytes. Raises UserError, with the least that works, for a smaller budget.
@@ -48,8 +48,8 @@ def choose_resident(
                 return Placement(resident, min(ring, len(streamed)), nbytes)
     least = fixed_bytes + padded(max(layer_bytes))
     raise UserError(
-        f"the memory budget of {budget_bytes} bytes is too small: embedding and head take {fixed_bytes} and "
-        f"the largest layer {padded(max(layer_bytes))}; give {least} or more"
+        f"the memory budget of {budget_bytes} bytes is too small: embedding, head and draft take "
+        f"{fixed_bytes} and the largest layer {padded(max(layer_bytes))}; give {least} or more"
     )
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,30 @@ def test_a_good_draft_saves_passes() -> None:
     (tree,) = generate(Decoder(target), draft, PROMPTS[:1], trees=Trees("best-first", 24), max_new_tokens=60)
     assert tree.tokens_per_pass > 3
     assert tree.draft_passes > tree.target_passes
+
+
+def test_caches_grow_as_needed_and_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2iprobe.llm.engine.generation.ROOM", 4)
+    target = make_toy()
+    draft, capacities = ModelDraft(Decoder(blur(target))), []
+    decoder = Decoder(target)
+    monkeypatch.setattr(
+        decoder, "new_cache", lambda b, c: capacities.append(c) or Decoder.new_cache(decoder, b, c)
+    )
+    for most in (90, 10**9):
+        with contextlib.suppress(KeyboardInterrupt):
+            (made,) = generate(
+                decoder, draft, PROMPTS[:1], trees=Trees("best-first", 9), max_new_tokens=most,
+                on_tokens=None if most == 90 else interrupt,
+            )  # fmt: skip
+        assert capacities.pop() == 4 + 4 + 64
+        assert draft._cache.nbytes == 0
+        assert draft._texts == []
+    assert made.token_ids == write_plainly(target, PROMPTS[0], 90)
+
+
+def interrupt(row: int, tokens: list[int]) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_batch_is_its_prompts_alone_sampled_too() -> None:

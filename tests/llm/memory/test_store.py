@@ -424,8 +424,8 @@ def test_a_budget_that_is_too_small_is_told_the_least() -> None:
         with pytest.raises(UserError) as error:
             choose_resident([100, 5000, 300], 1000 + 2 * BLOCK - 1, 1000, buffers)
         assert str(error.value) == (
-            f"the memory budget of {1000 + 2 * BLOCK - 1} bytes is too small: embedding and head take 1000 "
-            f"and the largest layer {2 * BLOCK}; give {1000 + 2 * BLOCK} or more"
+            f"the memory budget of {1000 + 2 * BLOCK - 1} bytes is too small: embedding, head and draft "
+            f"take 1000 and the largest layer {2 * BLOCK}; give {1000 + 2 * BLOCK} or more"
         )
         assert choose_resident([100, 5000, 300], 1000 + 2 * BLOCK, 1000, buffers).buffers == 1
 
