@@ -1,6 +1,6 @@
 """Is greedy text with draft trees the target's own, token for token? Every growth × draft × memory mode.
 
-    python benchmarks/greedy_identity.py [--work DIR] [--json FILE] [--drafts student,early-exit:8,lookup,copy:4]
+    python benchmarks/greedy_identity.py [--work DIR] [--json FILE] [--drafts student,lookup,…]
 
 Transformers' plain greedy decoding writes 64 tokens after each of 55 prompts; then the engine does, in
 batches, with each kind of tree and draft, the weights in RAM, half of the layers streamed from disk and read
