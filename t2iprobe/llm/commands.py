@@ -362,7 +362,7 @@ def write_texts(
 
         found = generate(
             engine.target, engine.draft, part, sampling=sampling, trees=trees, max_new_tokens=max_new_tokens,
-            eos_token_ids=engine.eos_token_ids, stop=stop, tokenizer=engine.tokenizer,
+            eos_token_ids=engine.eos_token_ids, stop=stop, tokenizer=engine.tokenizer, first=start,
             on_tokens=show if on_text else None,
         )  # fmt: skip
         bytes_read = (engine.store.counters.bytes_read if engine.store else 0) - read

@@ -2,8 +2,7 @@
 arXiv 2402.12374): every node sees the text and its own ancestors, and its position is its depth."""
 
 import inspect
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +12,18 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.engine.cache import RowCache
 from t2iprobe.llm.models import LanguageModel, decoder_layers
 
-__all__ = ["Decoder", "LayerStore"]
+__all__ = ["Decoder", "GrowingCache", "LayerStore", "Lending"]
 
 # Rows of one pass of a prompt: many, since with weights in slow memory each pass reads them all again.
 CHUNK = 2048
 _MASKED_KINDS = ("full_attention", "sliding_attention")
+
+
+class GrowingCache(Protocol):
+    """What a pass needs of a cache beside what Transformers asks of it."""
+
+    def advance(self, rows: int) -> None:
+        """Count the rows that a whole pass has added."""
 
 
 class LayerStore(Protocol):
@@ -47,13 +53,10 @@ class Decoder:
         _check_trees(model)
         if model.config._attn_implementation not in ("sdpa", "eager"):  # the others take no mask of ours
             model.set_attn_implementation("sdpa")
-        self._windows = _find_windows(self.config)
-        self._store = store
-        self._lent: dict[
-            int, dict[str, nn.Parameter]
-        ] = {}  # layer → its own parameters, while others stand in
-        if store is not None:
-            self._attach(store)
+        self.windows = _find_windows(self.config)
+        self._lending = Lending(model, store) if store is not None else None
+        if self._lending is not None:
+            self._lending.attach()
 
     @property
     def vocabulary(self) -> int:
@@ -95,16 +98,30 @@ class Decoder:
         of padding may see nothing; their logits are finite and mean nothing. Positions beyond the context
         count as its last one: cut the text there. Logits are float32, or float64 from a float64 model.
         """
-        rows = tokens.shape[1]
         if self.context_length is not None:
             positions = positions.clamp(max=self.context_length - 1)
-        tokens, positions, tree_mask = (part.to(self.device) for part in (tokens, positions, tree_mask))
+        positions, tree_mask = positions.to(self.device), tree_mask.to(self.device)
         cache.reserve(positions)
-        masks = {kind: cache.mask(tree_mask, self.dtype, window) for kind, window in self._windows.items()}
+        masks = {kind: cache.mask(tree_mask, self.dtype, window) for kind, window in self.windows.items()}
+        return self.run(tokens, positions, masks, cache, keep)
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        masks: Mapping[str, torch.Tensor],
+        cache: GrowingCache,
+        keep: int | None = None,
+    ) -> torch.Tensor:
+        """Run rows [B, n] under masks of one's own: kind of layer (see `windows`) → [B, 1, n, slots].
+
+        A mask is added to attention's logits. Otherwise as `forward`.
+        """
         inputs = {
-            "input_ids": tokens,
-            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-            "position_ids": positions,
+            "input_ids": tokens.to(self.device),
+            "attention_mask": dict(masks) if len(masks) > 1 else next(iter(masks.values())),
+            "position_ids": positions.to(self.device),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -115,9 +132,9 @@ class Decoder:
             else:
                 logits = self.model(**inputs, logits_to_keep=keep or 0).logits
         finally:
-            for layer in list(self._lent):  # after an exception
-                self._take_back(layer)
-        cache.advance(rows)
+            if self._lending is not None:  # after an exception
+                self._lending.take_back_all()
+        cache.advance(tokens.shape[1])
         self.passes += 1
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -153,29 +170,46 @@ class Decoder:
             cache.keep([row.nonzero()[:, 0] for row in real])
         return cache, logits[:, -1]
 
-    def _attach(self, store: LayerStore) -> None:
-        layers = decoder_layers(self.model)
-        if len(layers) != store.layers:
-            raise UserError(f"the model has {len(layers)} layers and its weight store {store.layers}")
-        self._own = [dict(layer.named_parameters()) for layer in layers]
-        self._layers = list(layers)
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(partial(self._lend, number))
-            layer.register_forward_hook(lambda *_, number=number: self._take_back(number))
 
-    def _lend(self, number: int, layer: nn.Module, _: Any) -> None:
+class Lending:
+    """Lets a store's tensors stand in for the parameters of a model's layers, one layer at a time or more.
+
+    Raises UserError for a store of another number of layers.
+    """
+
+    def __init__(self, model: LanguageModel, store: LayerStore) -> None:
+        self._layers = list(decoder_layers(model))
+        if len(self._layers) != store.layers:
+            raise UserError(f"the model has {len(self._layers)} layers and its weight store {store.layers}")
+        self._store = store
+        self._dtype = model.get_input_embeddings().weight.dtype
+        self._own = [dict(layer.named_parameters()) for layer in self._layers]
+        self._lent: set[int] = set()
+
+    def attach(self) -> None:
+        """Lend each layer's tensors when the model comes to it, and take them back behind it."""
+        for number, layer in enumerate(self._layers):
+            layer.register_forward_pre_hook(lambda *_, number=number: self.lend(number))
+            layer.register_forward_hook(lambda *_, number=number: self.take_back(number))
+
+    def lend(self, number: int) -> None:
         """Let the store's tensors stand in for a layer's parameters."""
-        assert self._store is not None
-        self._lent[number] = self._own[number]
-        tensors = self._store.acquire(number)
-        if lacking := sorted(self._own[number].keys() - tensors.keys()):
+        self._lent.add(number)
+        own, tensors = self._own[number], self._store.acquire(number)
+        if lacking := sorted(own.keys() - tensors.keys()):
             raise UserError(f"the weight store's layer {number} lacks {lacking[0]}: pack the model again")
-        _set_parameters(layer, {name: tensors[name].to(self.dtype) for name in self._own[number]})
+        _set_parameters(self._layers[number], {name: tensors[name].to(self._dtype) for name in own})
 
-    def _take_back(self, number: int) -> None:
-        assert self._store is not None
-        _set_parameters(self._layers[number], self._lent.pop(number))
+    def take_back(self, number: int) -> None:
+        """Give a layer its own parameters back, and the store its tensors."""
+        self._lent.discard(number)
+        _set_parameters(self._layers[number], self._own[number])
         self._store.release(number)
+
+    def take_back_all(self) -> None:
+        """Take back whatever is lent, as after an exception."""
+        for number in sorted(self._lent):
+            self.take_back(number)
 
 
 def _set_parameters(layer: nn.Module, tensors: dict[str, Any]) -> None:

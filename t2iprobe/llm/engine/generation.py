@@ -100,6 +100,7 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer: Any = None,
     processors: Sequence[Any] = (),
+    first: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generated]:
     """Continue prompts, int64 [B, T] or one [T_b] each; the prompts of a batch share every pass.
@@ -114,7 +115,8 @@ def generate(
         stop: strings that end a text, and do not belong to it; they need a `tokenizer`.
         tokenizer: if given, `text` is decoded.
         processors: Transformers logits processors beside the sampling's own (see `Processing`).
-        on_tokens: called with a prompt's number and its new tokens, after each round.
+        first: number of the first prompt among all, as in a file: a prompt's noise comes from its number.
+        on_tokens: called with a prompt's row in the batch and its new tokens, after each round.
 
     Raises UserError for an empty prompt, one that fills the context, a draft of another vocabulary, or a
     logits processor that cannot be replayed.
@@ -122,8 +124,10 @@ def generate(
     texts = [text.to("cpu", torch.int64) for text in input_ids]
     if stop and tokenizer is None:
         raise UserError("stop strings need the tokenizer that they are looked for with")
-    run = _Run(target, draft, texts, sampling or Sampling(), trees or Trees(), max_new_tokens, processors)
-    ending = _Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
+    run = _Run(
+        target, draft, texts, sampling or Sampling(), trees or Trees(), max_new_tokens, processors, first
+    )
+    ending = Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
     try:
         while run.active:
             for row, tokens in run.round():
@@ -142,7 +146,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class _Ending:
+class Ending:
     """Where a text ends."""
 
     eos: frozenset[int]
@@ -219,28 +223,20 @@ class _Run:
         trees: Trees,
         max_new_tokens: int,
         processors: Sequence[Any],
+        first: int,
     ) -> None:
         self.target, self.draft, self.trees = target, draft, trees
-        if max_new_tokens < 1:
-            raise UserError(f"{max_new_tokens} new tokens cannot be written: ask for 1 or more")
-        if not all(map(len, texts)):
-            raise UserError("an empty prompt has nothing to be continued: give it a token, such as BOS")
-        limit = target.context_length
-        if limit is not None and (longest := max(map(len, texts), default=0)) >= limit:
-            raise UserError(
-                f"the prompt has {longest} tokens and the model's context ends at {limit}: shorten it"
-            )
-        _check_vocabulary(target, draft, texts)
+        check_texts(target, draft, texts, max_new_tokens)
         self.texts = texts
-        self.most = [min(max_new_tokens, limit - len(t)) if limit else max_new_tokens for t in texts]
+        self.most = [count_room(target, text, max_new_tokens) for text in texts]
         self.is_short = [most < max_new_tokens for most in self.most]
         self.outcomes = [Generated() for _ in texts]
         self.active = list(range(len(texts)))
         self.processing = Processing(sampling, processors)
         self.is_random = _is_random(trees, sampling, draft)
         # Apart, so that another draft does not move what the target draws.
-        self.drawn = [_make_generator(sampling.seed, row, "draft") for row in self.active]
-        self.verified = [_make_generator(sampling.seed, row, "verify") for row in self.active]
+        self.drawn = [make_generator(sampling.seed, first + row, "draft") for row in self.active]
+        self.verified = [make_generator(sampling.seed, first + row, "verify") for row in self.active]
         self.draws = [make_draw(sampling, generator) for generator in self.verified]
         # Each prompt's own, so that its text does not depend on what shares the batch.
         self.plans = [_Plan(trees) for _ in texts]
@@ -376,6 +372,26 @@ def _is_random(trees: Trees, sampling: Sampling, draft: Draft | None) -> bool:
     return trees.verifier == "residual"
 
 
+def check_texts(target: Decoder, draft: Draft | None, texts: Sequence[Tensor], max_new_tokens: int) -> None:
+    """Raise UserError for texts [T_b] that cannot be continued."""
+    if max_new_tokens < 1:
+        raise UserError(f"{max_new_tokens} new tokens cannot be written: ask for 1 or more")
+    if not all(map(len, texts)):
+        raise UserError("an empty prompt has nothing to be continued: give it a token, such as BOS")
+    limit = target.context_length
+    if limit is not None and (longest := max(map(len, texts), default=0)) >= limit:
+        raise UserError(
+            f"the prompt has {longest} tokens and the model's context ends at {limit}: shorten it"
+        )
+    _check_vocabulary(target, draft, texts)
+
+
+def count_room(target: Decoder, text: Tensor, max_new_tokens: int) -> int:
+    """Return how many tokens can follow a text: as asked, or up to the end of the model's context."""
+    limit = target.context_length
+    return min(max_new_tokens, limit - len(text)) if limit else max_new_tokens
+
+
 def _check_vocabulary(target: Decoder, draft: Draft | None, texts: Sequence[Tensor]) -> None:
     size = getattr(draft, "vocabulary", None)
     if size is not None and size != target.vocabulary:
@@ -387,6 +403,7 @@ def _check_vocabulary(target: Decoder, draft: Draft | None, texts: Sequence[Tens
         raise UserError(f"the prompt has tokens that the model's vocabulary of {target.vocabulary} lacks")
 
 
-def _make_generator(seed: int, row: int, use: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{row}/{use}".encode()).digest()
+def make_generator(seed: int, number: int, use: str) -> torch.Generator:
+    """Return the noise of a prompt: `use` is draft for what a draft draws, verify for the target's own."""
+    digest = hashlib.sha256(f"{seed}/{number}/{use}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
