@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["RowCache"]
+__all__ = ["HIDDEN", "RowCache"]
 
 # Not -inf, with which a row of padding that sees nothing would become NaN. Half the lowest number leaves room
 # for the logit that it is added to; float64's would be -inf to a softmax that some models take in float32.
-_HIDDEN = {
+HIDDEN = {
     dtype: max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
@@ -69,7 +69,7 @@ class RowCache(Cache):
             own = self.positions.gather(1, slots + torch.arange(rows, device=seen.device))
             seen &= own[:, :, None] - self.positions[:, None, :end] < window
         added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return added.masked_fill_(~seen, _HIDDEN[dtype])[:, None]
+        return added.masked_fill_(~seen, HIDDEN[dtype])[:, None]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from t2iprobe.errors import UserError
+from t2iprobe.llm.memory.quantization import quantize
 from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically
 
 BLOCK = 4096  # what direct reads of any common disk are aligned to
@@ -109,6 +110,46 @@ def pack_layers(folder: Path, out: Path, dtype: str | None = None) -> Packed:
     return open_packed(out)
 
 
+def pack_quantized(packed: Packed, out: Path, bits: int = 4, group: int = 64) -> Packed:
+    """Write the layers of a packed model to `out` in few bits, or open them where that was done.
+
+    A matrix NAME becomes NAME|0 (and |1, …: its planes of bits), NAME|scale and NAME|minimum; vectors stay as
+    they are. What is no layer is left out. A run that was killed is continued.
+    """
+    source = _open(packed.folder)[1]
+    model = hashlib.sha256(repr([_FORMAT, source, bits, group]).encode()).hexdigest()
+    if (out / INDEX).exists():
+        found, found_model = _open(out)
+        if found_model == model:
+            return found
+        (out / INDEX).unlink(missing_ok=True)
+    with explain_full_disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        sizes = {}
+        for file in (*packed.layers, None):
+            name = "rest.safetensors" if file is None else file.path.name
+            if not _was_packed(out / name, model):
+                tensors = {} if file is None else _quantize_file(file, bits, group)
+                write_atomically(out / name, _serialize(tensors, model))
+            sizes[name] = (out / name).stat().st_size
+        index = {"format": _FORMAT, "model": model, "prefix": packed.prefix, "files": sizes}
+        write_atomically(out / INDEX, json.dumps(index, indent=1).encode())
+    return open_packed(out)
+
+
+def _quantize_file(file: PackedFile, bits: int, group: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, tensor in view_tensors(file.layout, _read_data(file)).items():
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            tensors[name] = tensor
+            continue
+        held = quantize(tensor, bits, group)
+        tensors |= {f"{name}|{number}": plane for number, plane in enumerate(held.planes)}
+        tensors |= {f"{name}|scale": held.scale, f"{name}|minimum": held.minimum}
+    return tensors
+
+
 def open_packed(folder: Path) -> Packed:
     """Open what `pack_layers` wrote. Raises UserError, naming the file, for a damaged or truncated one."""
     return _open(folder)[0]
@@ -135,7 +176,11 @@ def _open(folder: Path) -> tuple[Packed, str]:
 
 def read_rest(packed: Packed) -> dict[str, torch.Tensor]:
     """Read what is no layer (embedding, last norm, head): name in the checkpoint → tensor."""
-    file = packed.rest
+    return view_tensors(packed.rest.layout, _read_data(packed.rest))
+
+
+def _read_data(file: PackedFile) -> torch.Tensor:
+    """Read a packed file's bytes, uint8 [nbytes], and check them."""
     data = bytearray(file.nbytes)
     try:
         with open(file.path, "rb") as stream:
@@ -144,7 +189,7 @@ def read_rest(packed: Packed) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {file.path}: {error.strerror}") from None
     check_sum(file, zlib.crc32(data))
-    return view_tensors(file.layout, torch.frombuffer(data, dtype=torch.uint8))
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def check_sum(file: PackedFile, checksum: int) -> None:

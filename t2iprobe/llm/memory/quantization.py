@@ -71,6 +71,11 @@ def quantize(tensor: torch.Tensor, bits: int, group: int = 64) -> Quantized:
     return Quantized(tuple(planes), scale, minimum, bits, group)
 
 
+def count_planes(bits: int) -> int:
+    """Return in how many planes numbers of that many bits are held."""
+    return len(_PLANES[bits])
+
+
 def dequantize(quantized: Quantized, out: torch.Tensor) -> None:
     """Write the matrix to `out` [*shape], of any floating-point dtype, on any device."""
     groups, _, columns = quantized.scale.shape
@@ -122,3 +127,40 @@ def _restore(bits: int, codes: Any, values: Any, *parts: Any) -> None:
     values[...] = codes
     values *= scale
     values += minimum
+
+
+def row_bytes(width: int, group: int = 64) -> int:
+    """Return the bytes of a row of `width` numbers in 4 bits: half a byte a number, 8 bytes a group."""
+    return -(-width // group) * (group // 2 + 8)
+
+
+def quantize_rows(rows: torch.Tensor, group: int = 64) -> torch.Tensor:
+    """Return rows [N, width] in 4 bits, uint8 [N, `row_bytes`(width)], each row complete in itself.
+
+    A group is `group` numbers beside each other in a row; the last one is filled up with the row's last
+    number. Off by (max − min) / 30 of its group at most (FlexGen, section 4); a constant group is exact.
+    Each row holds codes, then steps, then least values, the last two as float32.
+    """
+    count, width = rows.shape
+    rows = rows.float()
+    if lacking := -width % group:
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, lacking)], 1)
+    groups = rows.reshape(count, -1, group)
+    minimum, maximum = groups.aminmax(dim=2, keepdim=True)
+    step = (maximum - minimum) / 15
+    codes = ((groups - minimum) / torch.where(step > 0, step, 1.0)).round_().clamp_(0, 15).to(torch.uint8)
+    packed = codes[:, :, : group // 2] | codes[:, :, group // 2 :] << 4
+    scales = torch.cat([step, minimum], 2).transpose(1, 2).reshape(count, -1)
+    return torch.cat([packed.view(count, -1), scales.contiguous().view(torch.uint8)], 1)
+
+
+def dequantize_rows(held: torch.Tensor, width: int, group: int = 64) -> torch.Tensor:
+    """Return what `quantize_rows` made, as float32 [N, width]."""
+    count, groups = len(held), -(-width // group)
+    codes = held[:, : groups * group // 2].view(count, groups, group // 2)
+    scales = held[:, groups * group // 2 :].contiguous().view(torch.float32).view(count, 2, groups, 1)
+    values = torch.empty(count, groups, group, device=held.device)
+    values[:, :, : group // 2] = codes & 15
+    values[:, :, group // 2 :] = codes >> 4
+    values.mul_(scales[:, 0]).add_(scales[:, 1])
+    return values.view(count, -1)[:, :width]

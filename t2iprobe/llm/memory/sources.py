@@ -8,7 +8,7 @@ broken off inside a layer.
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.memory.packing import BLOCK, Packed, PackedFile, Place, check_sum, view_tensors
-from t2iprobe.llm.memory.quantization import Quantized, dequantize, quantize
+from t2iprobe.llm.memory.quantization import Quantized, count_planes, dequantize, quantize
 
 # Large enough that a disk reads at full speed, small enough that closing a store never waits for long.
 CHUNK = 4 << 20
@@ -245,6 +245,84 @@ class QuantizedSource:
             else:
                 places[name].copy_(tensor, non_blocking=True)
             yield tensor.nbytes
+
+
+class HeldSource:
+    """Another source, some layers of which are held in RAM: reading those crosses no slow link."""
+
+    def __init__(self, source: Source, layers: Collection[int]) -> None:
+        self._source = source
+        self._data: dict[int, torch.Tensor] = {}
+        for layer in layers:
+            data = empty_buffer(source.nbytes(layer), pin=torch.cuda.is_available())
+            for _ in source.read(layer, data):
+                pass
+            self._data[layer] = data[: source.nbytes(layer)]
+
+    @property
+    def layers(self) -> int:
+        return self._source.layers
+
+    def nbytes(self, layer: int) -> int:
+        return self._source.nbytes(layer)
+
+    def traffic(self, layer: int) -> int:
+        return 0 if layer in self._data else self._source.traffic(layer)
+
+    def layout(self, layer: int) -> dict[str, Place]:
+        return self._source.layout(layer)
+
+    def read(self, layer: int, out: torch.Tensor) -> Iterator[int]:
+        if layer not in self._data:
+            yield from self._source.read(layer, out)
+            return
+        data = self._data[layer]
+        for offset in range(0, len(data), CHUNK):
+            chunk = data[offset : offset + CHUNK]
+            _copy(chunk, out[offset : offset + len(chunk)])
+            yield 0
+
+
+class DequantizedSource:
+    """A model whose layers lie in `stored` as `pack_quantized` wrote them, as it is computed with."""
+
+    def __init__(self, stored: Source, packed: Packed, bits: int, group: int = 64) -> None:
+        self.stored = stored
+        self._layouts = [file.layout for file in packed.layers]
+        self._sizes = [file.nbytes for file in packed.layers]
+        self._bits, self._group = bits, group
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def layers(self) -> int:
+        return self.stored.layers
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffer in which a layer arrives before it is dequantised."""
+        return padded(max(map(self.stored.nbytes, range(self.layers))))
+
+    def nbytes(self, layer: int) -> int:
+        return self._sizes[layer]
+
+    def traffic(self, layer: int) -> int:
+        return self.stored.traffic(layer)
+
+    def layout(self, layer: int) -> dict[str, Place]:
+        return self._layouts[layer]
+
+    def read(self, layer: int, out: torch.Tensor) -> Iterator[int]:
+        if not len(self._buffer):
+            self._buffer = empty_buffer(self.buffer_bytes)
+        yield from self.stored.read(layer, self._buffer)
+        tensors = view_tensors(self.stored.layout(layer), self._buffer)
+        for name, place in view_tensors(self._layouts[layer], out).items():
+            if name in tensors:
+                place.copy_(tensors[name])
+                continue
+            planes = tuple(tensors[f"{name}|{plane}"] for plane in range(count_planes(self._bits)))
+            scale, minimum = tensors[f"{name}|scale"], tensors[f"{name}|minimum"]
+            dequantize(Quantized(planes, scale, minimum, self._bits, self._group), place)
 
 
 def _hold(tensor: torch.Tensor, bits: int, group: int) -> Quantized | torch.Tensor:
