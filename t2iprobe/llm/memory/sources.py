@@ -287,7 +287,7 @@ class DequantizedSource:
     """A model whose layers lie in `stored` as `pack_quantized` wrote them, as it is computed with."""
 
     def __init__(self, stored: Source, packed: Packed, bits: int, group: int = 64) -> None:
-        self.stored = stored
+        self.stored, self._packed = stored, packed
         self._layouts = [file.layout for file in packed.layers]
         self._sizes = [file.nbytes for file in packed.layers]
         self._bits, self._group = bits, group
@@ -296,6 +296,10 @@ class DequantizedSource:
     @property
     def layers(self) -> int:
         return self.stored.layers
+
+    def hold(self, layers: Collection[int]) -> "DequantizedSource":
+        """Return the same with some layers held in RAM, in few bits."""
+        return DequantizedSource(HeldSource(self.stored, layers), self._packed, self._bits, self._group)
 
     @property
     def buffer_bytes(self) -> int:

@@ -8,14 +8,18 @@ with the process, however that ends. The system may keep pages of them in memory
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.engine.cache import HIDDEN
@@ -23,7 +27,9 @@ from t2iprobe.llm.memory.ledger import Ledger
 from t2iprobe.llm.memory.quantization import dequantize_rows, quantize_rows, row_bytes
 from t2iprobe.storage import explain_full_disk
 
-__all__ = ["BatchCache", "DiskTier", "HiddenStates"]
+__all__ = ["BatchCache", "DiskTier", "HiddenStates", "attend_where_keys_lie", "computing_where_keys_lie"]
+
+_WHERE_KEYS_LIE = "t2iprobe: where the keys lie"
 
 
 class DiskTier:
@@ -54,8 +60,8 @@ class DiskTier:
         self._writes.append(self.submit(work, *arguments))
 
     def close(self) -> None:
-        """End the thread; what it has not begun is left undone."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the thread behind all that it was asked for."""
+        self._thread.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +273,8 @@ class BatchCache(Cache):
         for part, states in zip(chunk.near, (key_states, value_states), strict=True):
             part[: self.batch, :, self.length : end] = states
         self._new[layer_idx] = rows
+        if chunk.stays and chunk.tier == "ram" and not self.length:
+            return key_states, value_states  # a prompt's first rows see nothing that lies elsewhere
         keys, values = chunk.near
         return keys[: self.batch, :, :end], values[: self.batch, :, :end]
 
@@ -284,7 +292,9 @@ class BatchCache(Cache):
         self._account.give("device", "cache in use", chunk.near_bytes)
 
     def advance(self, rows: int) -> None:
-        """Count the rows that a whole pass has added."""
+        """Count the rows that a whole pass has added, and settle what is not."""
+        for layer in list(self._new):
+            self.settle(layer)
         self.length += rows
 
     def select(self, texts: Sequence[int]) -> None:
@@ -383,6 +393,7 @@ class HiddenStates:
     """
 
     def __init__(self, tier: str, ledger: Ledger, disk: DiskTier | None = None) -> None:
+        """Put hidden states away on `tier`: device (they stay), ram or disk."""
         if tier == "disk" and disk is None:
             raise UserError("a part of the hidden states lies on the disk: say in which folder")
         self._tier = tier
@@ -390,10 +401,21 @@ class HiddenStates:
         self._disk = disk
         self._file: _File | None = None
         self._storage: torch.UntypedStorage | None = None
-        self._nbytes = 0
+        self._nbytes = self._taken = self._beside = 0
         self._device = torch.device("cpu")
         self._far: torch.Tensor | None = None
         self._coming: Future[Any] | None = None
+
+    def begin(self, nbytes: int, beside: int = 0) -> None:
+        """Take the bytes of a pass's hidden states, and of masks `beside` them, which are not put away."""
+        self._taken, self._beside = nbytes, beside
+        self._account.take("device", "hidden states", nbytes)
+        self._account.take("device", "masks", beside)
+
+    def end(self) -> None:
+        """Give the bytes back behind a pass."""
+        self._account.give("device", "hidden states", self._taken)
+        self._account.give("device", "masks", self._beside)
 
     def put_away(self, hidden: torch.Tensor) -> None:
         """Give the memory of `hidden` back until `restore`."""
@@ -405,6 +427,7 @@ class HiddenStates:
         copy = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=hidden.device.type == "cuda")
         copy.copy_(self._view())
         storage.resize_(0)
+        self._account.give("device", "hidden states", self._taken)
         if self._tier == "ram":
             self._far = copy
         else:
@@ -426,6 +449,7 @@ class HiddenStates:
         if self._coming is not None:
             self._coming.result()
         assert self._far is not None
+        self._account.take("device", "hidden states", self._taken)
         self._storage.resize_(self._nbytes)
         self._view().copy_(self._far, non_blocking=True)
         self._account.give(self._tier, "hidden states", self._nbytes)
@@ -442,3 +466,36 @@ class HiddenStates:
     def _view(self) -> torch.Tensor:
         assert self._storage is not None
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(self._storage)
+
+
+def attend_where_keys_lie(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention on the keys' device: the query goes there, [B, n, heads, D] comes back.
+
+    In decoding that moves two rows a text instead of all its keys and values (FlexGen, section 3.4).
+    """
+    there = key.device
+    mask = None if attention_mask is None else attention_mask.to(there)
+    outcome, weights = sdpa_attention_forward(module, query.to(there), key, value, mask, **options)
+    return outcome.to(query.device), weights
+
+
+@contextmanager
+def computing_where_keys_lie(model: Any) -> Iterator[None]:
+    """Let a model's attention be computed where the keys lie. Raises UserError for one that has its own."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        raise UserError(f"{before} attention cannot be computed on the CPU: choose another placement")
+    AttentionInterface.register(_WHERE_KEYS_LIE, attend_where_keys_lie)
+    AttentionMaskInterface.register(_WHERE_KEYS_LIE, sdpa_mask)
+    model.set_attn_implementation(_WHERE_KEYS_LIE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
