@@ -27,7 +27,7 @@ import torch
 from scipy.optimize import nnls
 
 from t2iprobe.llm.engine.cache import RowCache
-from t2iprobe.llm.engine.decoder import CHUNK, Decoder
+from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.verification import make_draw
 from t2iprobe.llm.memory.packing import Packed
@@ -40,9 +40,11 @@ from t2iprobe.llm.models import decoder_layers
 __all__ = ["Costs", "Hardware", "ModelShape", "Workload", "count_costs", "forecast", "measure_hardware"]
 
 GROUP = 64
-RING = 2  # buffers that streamed layers pass through
-# Batches whose keys and values are on the device although they do not stay: the one that computes, the next.
-NEAR = 2
+# The schedule's, which says what they are.
+PROMPT_ROWS = 2048
+BUFFERS = 2
+# Records of chunks on their way at once: what is written, what is unpacked, what comes next.
+ON_THEIR_WAY = 3
 
 # What the lines are over: 1; layers in RAM and on disk, chunks of the cache there, batches' hidden states
 # there; and whether any layers, any chunks, any hidden states are not on the device.
@@ -157,34 +159,41 @@ class ModelShape:
         """FLOPs of the head for `rows` rows of logits."""
         return 2 * rows * self.hidden * self.vocabulary
 
-    def work_bytes(self, batch: int, rows: int, slots: int) -> int:
-        """Bytes of what a layer computes for n `rows` of B texts over `slots`, at most at once.
+    def work_bytes(self, batch: int, rows: int, slots: int, sampled: bool = False) -> int:
+        """Bytes of what B texts of n `rows` that see `slots` make on their way, at most at once.
 
-        Either queries, keys and values before and after rotation, the heads' copies of grouped keys and
-        values, and attention's result; or the feed-forward part's two or three wide tensors. Beside them the
-        layer's input, its normalised form and its output.
+        Either what all of a layer's matrices make and attention's copies of grouped keys and values, or the
+        logits and, where a token is drawn by more than its rank, a row's log-probabilities in float64.
         """
-        values = self.heads * self.head_dim
-        copies = 2 * slots * values if self.heads != self.kv_heads else 0
-        attention = rows * (4 * values + 4 * self.kv_heads * self.head_dim) + copies
-        feed_forward = rows * (3 if self.gated else 2) * self.ffn
-        return batch * self.value_bytes * (3 * rows * self.hidden + max(attention, feed_forward))
+        widths = sum(map(max, self.matrices)) + 2 * self.hidden
+        copies = 2 * batch * slots * max(self.hidden, self.heads * self.head_dim) if rows > 1 else 0
+        logits = batch * self.vocabulary * self.value_bytes + (4 * 8 * self.vocabulary if sampled else 0)
+        return max((batch * rows * widths + copies) * self.value_bytes, logits)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be written: `prompts` texts (None: as many as there is room for) of `prompt_tokens` tokens,
-    and `new_tokens` behind each. Memory is kept for `longest` prompt tokens, where some are longer."""
+    """What is to be written: `prompts` texts of `prompt_tokens` tokens, and `new_tokens` behind each.
+
+    prompts: None: as many as there is room for; longest: prompt tokens that memory is kept for, where some
+    have more than others; sampled: whether tokens are drawn, or are the most probable ones.
+    """
 
     prompts: int | None
     prompt_tokens: int
     new_tokens: int
     longest: int | None = None
+    sampled: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self.prompt_tokens, self.longest or 0)
 
     @property
     def slots(self) -> int:
-        """Positions of a text that its keys and values are kept for."""
-        return max(self.prompt_tokens, self.longest or 0) + self.new_tokens
+        """Positions of a text whose keys and values are kept: nothing follows its last token."""
+        return self.most_tokens + self.new_tokens - 1
 
 
 @dataclass(frozen=True)
@@ -193,14 +202,13 @@ class Hardware:
 
     layer_seconds: rows in a pass → seconds of one layer that is in fast memory, next to no context;
     end_seconds: rows of logits → seconds of all of a batch's pass that is no layer;
-    token_seconds: to draw a token from its row of logits;
+    token_seconds: to draw a token from its row of logits, if it is not the most probable one;
     attention_flops: FLOPs a second of attention; attention_read: keys and values that it goes over;
     disk_read: weights; file_read, file_write: files of the cache; shares_disk: whether the two disks are one;
     dequantize: weights of 4 bits, counted as what they become, by the reader;
     cache_copy, cache_dequantize: keys and values from elsewhere, and from 4 bits, by the computation;
     read_steals, dequantize_steals, file_steals: seconds that the computation loses a byte of weights read, a
     byte dequantised, a byte of the cache's files read or written, beside it;
-    waits_for_link: whether the link is a simulated one, on which bytes travel while others are dequantised;
     to_device, from_device: between RAM and the device, None where they are one;
     ram_attention: keys and values that attention on the CPU goes over, where the device is another.
     """
@@ -220,7 +228,6 @@ class Hardware:
     dequantize_steals: float = 0.0
     file_steals: float = 0.0
     shares_disk: bool = True
-    waits_for_link: bool = False
     to_device: float | None = None
     from_device: float | None = None
     ram_attention: float | None = None
@@ -228,7 +235,7 @@ class Hardware:
     def behind_link(self, bytes_per_second: float) -> "Hardware":
         """Return the same machine with its weights behind a simulated link (see `Capped`)."""
         rate = min(self.disk_read, bytes_per_second)
-        return replace(self, disk_read=rate, shares_disk=False, waits_for_link=True)
+        return replace(self, disk_read=rate, shares_disk=False)
 
 
 @dataclass(frozen=True)
@@ -262,21 +269,20 @@ def count_costs(
     cpu_attention: bool = False,
 ) -> Costs:
     """Return the costs of a block whose batches have so many prompts each."""
-    prefills = -(-workload.prompt_tokens // CHUNK)
+    prefills = -(-workload.prompt_tokens // max(1, PROMPT_ROWS // max(batches)))
     rows = workload.prompt_tokens / prefills
-    kind = (weight_bits, cache_bits, cpu_attention)
+    kind = (weight_bits, cache_bits, cpu_attention, workload.sampled)
     phases = {
-        # A row covers the whole of its chunk, masked or not, and what was before.
         "prefill": _count_phase(
-            shape, hardware, batches, *kind, passes=prefills, rows=rows, positions=rows * (prefills + 1) / 2
+            shape, hardware, batches, *kind, passes=prefills, rows=rows, before=rows * (prefills - 1) / 2
         ),
         # The first new token comes from the prompt's pass.
         "decode": _count_phase(
             shape, hardware, batches, *kind, passes=workload.new_tokens - 1, rows=1,
-            positions=workload.prompt_tokens + workload.new_tokens / 2,
+            before=workload.prompt_tokens + workload.new_tokens / 2 - 1,
         ),
     }  # fmt: skip
-    return Costs(phases, _count_bytes(shape, workload, batches, weight_bits, cache_bits))
+    return Costs(phases, _count_bytes(shape, hardware, workload, batches, weight_bits, cache_bits))
 
 
 def _count_phase(
@@ -286,12 +292,15 @@ def _count_phase(
     weight_bits: int | None,
     cache_bits: int | None,
     cpu_attention: bool,
+    sampled: bool,
     *,
     passes: int,
     rows: float,
-    positions: float,
+    before: float,
 ) -> Phase:
+    """Count a phase whose passes run so many rows of a text behind, on average, so many before."""
     texts, mean = sum(batches), sum(batches) / len(batches)
+    positions = before + rows  # a row covers all that run with it, masked or not
     stored, traffic = shape.position_bytes(cache_bits), shape.traffic(weight_bits)
     # -- the computation
     attention = sum(
@@ -301,30 +310,34 @@ def _count_phase(
     )
     matrices: float = sum(interpolate(hardware.layer_seconds, batch * rows) for batch in batches)
     # A pass of a prompt that is not its last has no logits; what it costs beside is little.
-    end = sum(interpolate(hardware.end_seconds, batch) for batch in batches) + texts * hardware.token_seconds
+    end: float = sum(interpolate(hardware.end_seconds, batch) for batch in batches)
+    end += texts * hardware.token_seconds if sampled else 0.0
     computed = shape.layers * (matrices + attention) + end
     near = mean * positions * shape.position_bytes()  # a chunk's keys and values, as they are computed with
-    if cache_bits is not None:
+    unpacked = near / hardware.cache_copy
+    if cache_bits is not None:  # wherever they lie
         computed += shape.layers * len(batches) * near / hardware.cache_dequantize
         unpacked = 0.0
-    else:
-        unpacked = near / hardware.cache_copy
     # -- the reader of weights
-    dequantized = shape.largest_layer / hardware.dequantize if weight_bits else 0.0
     to_device = 1 / hardware.to_device if hardware.to_device else 0.0
     from_device = 1 / hardware.from_device if hardware.from_device else 0.0
-    from_disk = traffic / hardware.disk_read
-    if hardware.waits_for_link:
-        disk_layer = max(from_disk, dequantized) + traffic * to_device
+    from_disk, from_ram = traffic / hardware.disk_read, traffic * to_device
+    always = 0.0
+    if weight_bits is not None:
+        # What stays is in few bits, too, and is read from there (see `open_store`).
+        dequantized = shape.largest_layer / hardware.dequantize
+        always = shape.layers * (dequantized + from_ram)
+        computed += shape.layers * shape.largest_layer * hardware.dequantize_steals
+        ram_layer, disk_layer, each = 0.0, from_disk, dequantized + from_ram
+        reader = "disk link" if from_disk >= dequantized else "dequantising"
     else:
-        disk_layer = from_disk + dequantized + traffic * to_device
-    ram_layer = traffic * to_device + dequantized
-    reader = "disk link" if from_disk >= dequantized else "dequantising"
-    # It fills the ring while the pass has no layer to free; then it waits.
-    idle = max(0.0, end - RING * disk_layer)
-    stolen = shape.largest_layer * hardware.dequantize_steals if weight_bits else 0.0
+        ram_layer, disk_layer, each = from_ram, from_disk + from_ram, from_disk + from_ram
+        reader = "disk link"
+    # The last layer is given back behind the logits: until then the reader fills the rest of the ring, and
+    # waits.
+    idle = max(0.0, end - (BUFFERS - 1) * each)
     # -- caches and hidden states of a batch on their way, in one layer
-    read, written = mean * positions * stored, mean * rows * stored
+    read, written = mean * before * stored, mean * rows * stored
     hidden = mean * rows * shape.hidden * shape.value_bytes
     file_chunk = read / hardware.file_read + written / hardware.file_write
     file_hidden = shape.layers * hidden * (1 / hardware.file_read + 1 / hardware.file_write)
@@ -340,21 +353,26 @@ def _count_phase(
     seconds = {
         "compute": line(
             one=computed,
-            weights_ram=stolen,
-            weights_disk=stolen + traffic * hardware.read_steals,
+            weights_disk=traffic * hardware.read_steals,
             cache_ram=unpacked + on_cpu,
             cache_disk=unpacked + on_cpu + (read + written) * hardware.file_steals,
             hidden_disk=2 * shape.layers * hidden * hardware.file_steals,
         ),
-        reader: line(weights_ram=ram_layer, weights_disk=disk_layer, streams=idle),
+        reader: line(
+            one=always + (idle if weight_bits else 0.0),
+            weights_ram=ram_layer,
+            weights_disk=disk_layer,
+            streams=0.0 if weight_bits else idle,
+        ),
         "cache files": line(
             weights_disk=from_disk if hardware.shares_disk else 0.0,
             cache_disk=file_chunk,
             hidden_disk=file_hidden,
         ),
         "link to the device": line(
-            weights_ram=traffic * to_device,
-            weights_disk=traffic * to_device,
+            one=shape.layers * from_ram if weight_bits else 0.0,
+            weights_ram=0.0 if weight_bits else from_ram,
+            weights_disk=0.0 if weight_bits else from_ram,
             cache_ram=up_chunk,
             cache_disk=up_chunk,
             hidden_ram=up_hidden,
@@ -372,41 +390,50 @@ def _count_phase(
 
 def _count_bytes(
     shape: ModelShape,
+    hardware: Hardware,
     workload: Workload,
     batches: Sequence[int],
     weight_bits: int | None,
     cache_bits: int | None,
 ) -> dict[str, np.ndarray]:
     texts, most, size = sum(batches), max(batches), shape.value_bytes
-    slots = workload.slots
-    rows = min(CHUNK, slots - workload.new_tokens)
+    longest, slots = workload.most_tokens, workload.slots
+    rows = min(longest, max(1, PROMPT_ROWS // most))
     layer, traffic = padded(shape.largest_layer), shape.traffic(weight_bits)
     chunk = most * slots * shape.position_bytes(cache_bits)
     near = most * slots * shape.position_bytes()
     hidden = most * rows * shape.hidden * size
     # Beside its hidden states, a batch that waits keeps its masks, cosines and sines, and tokens.
-    kept = texts * rows * (shape.masks * slots * size + 2 * shape.head_dim * size + 24)
-    logits = most * shape.vocabulary * (size + 4) + 3 * 8 * shape.vocabulary  # a row's draw is in float64
-    work = max(shape.work_bytes(most, rows, rows), shape.work_bytes(most, 1, slots))
-    moved = NEAR * near + NEAR * chunk
+    kept = max(
+        texts * (n * seen * shape.masks * size + n * (2 * shape.head_dim * size + 24))
+        for n, seen in ((rows, longest), (1, slots))
+    )
+    work = max(shape.work_bytes(most, n, seen, workload.sampled) for n, seen in ((rows, longest), (1, slots)))
     chunks = shape.layers * len(batches)
-    fixed = shape.rest_bytes + shape.layers * layer + chunks * chunk + len(batches) * hidden
+    fixed = shape.rest_bytes + chunks * chunk + len(batches) * hidden + kept + work
     # What is held in 4 bits is computed with as it was, wherever it lies.
-    fixed += kept + logits + work + (NEAR * near if cache_bits else 0)
+    fixed += near if cache_bits else 0
+    moves = ON_THEIR_WAY * chunk + (0 if cache_bits else near)
+    device = {
+        "cache_ram": -chunk, "cache_disk": -chunk, "moves": moves,
+        "hidden_ram": -hidden, "hidden_disk": -hidden, "drifts": 2 * hidden,
+    }  # fmt: skip
+    ram = {"weights_ram": traffic, "cache_ram": chunk, "hidden_ram": hidden}
+    if weight_bits is None:
+        fixed += shape.layers * layer
+        device |= {"weights_ram": -layer, "weights_disk": -layer, "streams": BUFFERS * layer}
+    else:
+        # All layers pass through the ring; those that stay do so in few bits, in RAM.
+        held = {"one": shape.layers * traffic + padded(traffic), "weights_disk": -traffic}
+        fixed += BUFFERS * layer
+        if hardware.to_device is None:
+            fixed += held.pop("one")
+            device |= held
+        else:
+            ram = ram | held | {"weights_ram": 0}
     return {
-        "device": line(
-            one=fixed,
-            weights_ram=-layer,
-            weights_disk=-layer,
-            cache_ram=-chunk,
-            cache_disk=-chunk,
-            hidden_ram=-hidden,
-            hidden_disk=-hidden,
-            streams=RING * layer + (traffic if weight_bits else 0),
-            moves=NEAR * chunk if cache_bits else moved,
-            drifts=NEAR * hidden,
-        ),
-        "ram": line(weights_ram=traffic, cache_ram=chunk, hidden_ram=hidden),
+        "device": line(one=fixed, **device),
+        "ram": line(**ram),
         "disk": line(cache_disk=chunk, hidden_disk=hidden),  # the weights' files are there already
     }
 
@@ -585,7 +612,7 @@ class _Passes:
             self._marks.clear()
             began = self.clock()
             logits = self.decoder.forward(tokens, positions, causal, cache, keep=1)
-            logits[0, -1, 0].item()  # waits for a GPU
+            logits[:, -1].max(-1)[1].tolist()  # waits for a GPU
             seconds = self.clock() - began
             cache.keep([[]] * batch)
             inside = sum(end - start for start, end in zip(self._marks[::2], self._marks[1::2], strict=True))

@@ -373,7 +373,7 @@ class _Program:
     def solve(self) -> np.ndarray | None:
         """Return the lines' variables of the best placement in whole numbers, None where nothing fits."""
         found = self._solve_program(self._bounds(), whole=True)
-        return None if found.x is None else np.round(np.append(1.0, found.x[:9]))
+        return None if found.x is None else np.abs(np.round(np.append(1.0, found.x[:9])))
 
     def price(self, counts: np.ndarray) -> dict[str, float]:
         """Return constraint → the share of the seconds that a tenth more of it saves, by its dual value."""
