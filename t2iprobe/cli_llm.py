@@ -87,7 +87,24 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
-    batch: Annotated[int, typer.Option(help="Prompts of a file that share each pass.")] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Prompts of a file that share each pass; 1, or with --throughput what is fastest."),
+    ] = None,
+    throughput: Annotated[
+        bool,
+        typer.Option(
+            "--throughput",
+            help="Write a file of prompts in blocks, without a draft; continued if it was killed.",
+        ),
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSONL that --throughput writes.")] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Batches that share each load of a layer; by default what is predicted fastest."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="4: blocks of weights and cache in 4 bits.")] = None,
+    disk: Annotated[Path | None, typer.Option(help="Folder for a block's cache that memory lacks.")] = None,
     memory: Memory = None,
     link: Link = None,
     dtype: Dtype = "auto",
@@ -97,17 +114,32 @@ def generate(
     """Answer a prompt, or a file of them. The text is what the model alone would write."""
     if (prompt is None) == (prompts is None):
         raise UserError('give one prompt, or --prompts FILE: t2iprobe llm generate "A poem about a heron"')
+    if batch is not None and batch < 1:
+        raise UserError(f"a batch has 1 prompt or more, not {batch}")
     from t2iprobe.llm.commands import choose_trees, read_prompts, write_texts
     from t2iprobe.llm.engine.processing import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed)
+    if throughput:
+        if prompts is None or out is None:
+            raise UserError("--throughput writes a file from a file: give --prompts FILE and --out FILE")
+        if draft not in (None, "none"):
+            raise UserError(f"--throughput writes without a draft: leave --draft {draft} out")
+        made = _write_blocks(
+            prompts, out, (batch, block, bits), memory, link, device,
+            model=model, disk=disk, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [],
+            raw=raw, system=system, dtype=dtype,
+        )  # fmt: skip
+        print_found(made, as_json, _describe_blocks(made))
+        return
+    given = {"--out": out, "--block": block, "--bits": bits, "--disk": disk}
+    if lacking := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{lacking[0]} is of --throughput: give that, too")
     rows = (
         read_prompts(prompts)
         if prompts is not None
         else [{"prompt": sys.stdin.read() if prompt == "-" else prompt}]
     )
-    if batch < 1:
-        raise UserError(f"a batch has 1 prompt or more, not {batch}")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed)
     with _load(model, draft, memory, link, dtype, device) as engine:
         streams = prompts is None and not as_json
         texts = write_texts(
@@ -119,7 +151,7 @@ def generate(
             stop=stop or [],
             raw=raw,
             system=system,
-            batch=batch,
+            batch=batch or 1,
             on_text=(lambda _, text: print(text, end="", flush=True)) if streams and not stop else None,
         )
         for made in texts:
@@ -130,6 +162,48 @@ def generate(
             else:
                 print(made["text"] if stop else "")
                 print(_describe(made), file=sys.stderr)
+
+
+def _write_blocks(
+    prompts: Path,
+    out: Path,
+    shape: tuple[int | None, int | None, int | None],
+    memory: str | None,
+    link: str | None,
+    device: str,
+    **settings: Any,
+) -> dict[str, Any]:
+    from t2iprobe.devices import resolve_device
+    from t2iprobe.llm.commands import parse_bytes
+    from t2iprobe.llm.throughput import Block, write_file
+    from t2iprobe.progress import progress_bar
+
+    with progress_bar("prompts") as show:
+        return write_file(
+            prompts,
+            out,
+            block=Block(*shape),
+            memory=None if memory is None else parse_bytes(memory),
+            link=None if link is None else parse_bytes(link),
+            device=resolve_device(device),
+            show=show,
+            **settings,
+        )
+
+
+def _describe_blocks(made: dict[str, Any]) -> str:
+    if not made["written"]:
+        return f"{made['out']} was done before: {made['prompts']} texts"
+    where = made["placement"]
+    before = f" ({made['done_before']} were there)" if made["done_before"] else ""
+    peak = made["peak_bytes"].get("device", 0)
+    budget = "" if made["budget_bytes"] is None else f" of {made['budget_bytes'] / 1e6:.0f}"
+    return (
+        f"{made['written']} texts{before}, {made['tokens']} tokens in {made['seconds']:.1f} s: "
+        f"{made['tokens_per_second']:.1f} a second; blocks of {where['batches']} × {where['batch']}, "
+        f"{made['weight_bytes_per_token'] / 1e6:.1f} MB of weights read a token, "
+        f"{peak / 1e6:.0f}{budget} MB of memory at most → {made['out']}"
+    )
 
 
 def _describe(made: dict[str, Any]) -> str:

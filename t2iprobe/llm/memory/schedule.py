@@ -10,7 +10,7 @@ writes keys, values and hidden states.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from t2iprobe.llm.engine.decoder import Decoder, Lending
 from t2iprobe.llm.engine.generation import Ending, Generated, check_texts, count_room, make_generator
 from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.verification import make_draw
+from t2iprobe.llm.memory.cost import ModelShape
 from t2iprobe.llm.memory.ledger import Ledger
 from t2iprobe.llm.memory.packing import Packed, pack_quantized
 from t2iprobe.llm.memory.placement import Placement, Realised, realise
@@ -217,7 +218,7 @@ class _Writer:
         self.report = BlockReport()
         self._store = store
         self._lending = Lending(model, store)
-        self._widths = _sum_widths(store.source)
+        self.shape = ModelShape.from_model(model)
         uses_disk = placement.cache.disk > 0 or placement.hidden.disk > 0
         if uses_disk and disk is None:
             raise UserError("cache or hidden states lie on the disk: say in which folder")
@@ -306,15 +307,10 @@ class _Writer:
 
     def count_workspace(self, batch: "_Batch") -> int:
         """Return the bytes of what a layer computes in between, or of the logits and what they become."""
-        rows, texts = batch.count_rows(), batch.cache.batch
-        end, size = batch.cache.length + rows, self.decoder.dtype.itemsize
-        hidden, vocabulary = self.decoder.config.hidden_size, self.decoder.vocabulary
-        # Keys and values are repeated for grouped queries, but not for one row.
-        repeated = 2 * texts * end * hidden if rows > 1 else 0
-        layer = (texts * rows * (self._widths + 2 * hidden) + repeated) * size
+        rows, texts, vocabulary = batch.count_rows(), batch.cache.batch, self.decoder.vocabulary
+        layer = self.shape.work_bytes(texts, rows, batch.cache.length + rows)
         # A row's log-probabilities are made in float64.
-        head = texts * vocabulary * size + (0 if self.is_plain else 4 * vocabulary * 8)
-        return max(layer, head)
+        return max(layer, texts * vocabulary * self.decoder.dtype.itemsize + 3 * 8 * vocabulary)
 
     @property
     def is_plain(self) -> bool:
@@ -359,8 +355,10 @@ class _Batch:
         """Take what the next pass carries from layer to layer, and its masks."""
         decoder, rows = self._writer.decoder, self.count_rows()
         slots = self.cache.length + rows
-        each = len(self.rows) * rows * decoder.dtype.itemsize
-        self.hidden.begin(each * decoder.config.hidden_size, each * slots * len(decoder.windows))
+        shape, size = self._writer.shape, decoder.dtype.itemsize
+        kept = shape.masks * slots * size + 2 * shape.head_dim * size + 24  # masks, cosines and sines, tokens
+        texts = len(self.rows) * rows
+        self.hidden.begin(texts * shape.hidden * size, texts * kept)
 
     def step(self) -> None:
         """Run the next rows, and choose the tokens that follow where the texts are read to their ends."""
@@ -435,14 +433,3 @@ def _stop_before(number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[st
 def _hidden(job: _Job) -> Tensor:
     assert job.hidden is not None
     return job.hidden
-
-
-def _sum_widths(source: Source) -> int:
-    """Return how many numbers the matrices of a layer make of a token at most, all together."""
-    return max(
-        _sum_longest(place.shape for place in source.layout(layer).values()) for layer in range(source.layers)
-    )
-
-
-def _sum_longest(shapes: Iterable[tuple[int, ...]]) -> int:
-    return sum(max(shape[-2:]) for shape in shapes if len(shape) > 1)

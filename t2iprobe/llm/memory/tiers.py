@@ -29,6 +29,9 @@ from t2iprobe.storage import explain_full_disk
 
 __all__ = ["BatchCache", "DiskTier", "HiddenStates", "attend_where_keys_lie", "computing_where_keys_lie"]
 
+_ON_ITS_WAY = "between memory and disk"
+# Numbers that are packed together.
+_TOGETHER = 1 << 18
 _WHERE_KEYS_LIE = "t2iprobe: where the keys lie"
 
 
@@ -54,10 +57,13 @@ class DiskTier:
         return self._thread.submit(work, *arguments)
 
     def write(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Let the thread write. At most two writes wait; what goes wrong is raised by a later call."""
-        while self._writes and (len(self._writes) > 1 or self._writes[0].done()):
-            self._writes.popleft().result()
+        """Let the thread write; what goes wrong is raised by `wait`."""
         self._writes.append(self.submit(work, *arguments))
+
+    def wait(self, most: int = 1) -> None:
+        """Return when `most` writes are left to be done."""
+        while self._writes and (len(self._writes) > most or self._writes[0].done()):
+            self._writes.popleft().result()
 
     def close(self) -> None:
         """End the thread behind all that it was asked for."""
@@ -168,23 +174,32 @@ class _Chunk:
     def pack(self, slots: slice) -> torch.Tensor:
         """Return the records of slots [n, B, bytes]."""
         assert self.near is not None
-        parts = []
-        for part in self.near:
-            rows = part[:, :, slots].permute(2, 0, 1, 3).flatten(2)
-            flat = rows.flatten(0, 1)
-            held = quantize_rows(flat) if self.bits else flat.contiguous().view(torch.uint8)
-            parts.append(held.view(*rows.shape[:2], -1))
-        return torch.cat(parts, 2)
+        count, batch = slots.stop - slots.start, self.near[0].shape[0]
+        records = torch.empty(count, batch, self.record_bytes, dtype=torch.uint8, device=self.near[0].device)
+        for begin, end in self._pieces(count, batch):
+            first = 0
+            for part, size in zip(self.near, self.sizes, strict=True):
+                rows = part[:, :, slots.start + begin : slots.start + end].permute(2, 0, 1, 3)
+                flat = rows.reshape((end - begin) * batch, -1)
+                held = quantize_rows(flat) if self.bits else flat.view(torch.uint8)
+                records[begin:end, :, first : first + size] = held.view(end - begin, batch, size)
+                first += size
+        return records
 
     def unpack(self, records: torch.Tensor) -> None:
         """Fill the first slots of `near` with records [n, B, bytes]."""
         assert self.near is not None
-        slots, batch = records.shape[:2]
-        for part, held, width, shape in zip(
-            self.near, records.flatten(0, 1).split(self.sizes, 1), self.widths, self.shapes, strict=True
-        ):
-            rows = dequantize_rows(held, width) if self.bits else held.contiguous().view(self.dtype)
-            part[:, :, :slots] = rows.view(slots, batch, *shape).permute(1, 2, 0, 3)
+        count, batch = records.shape[:2]
+        for begin, end in self._pieces(count, batch):
+            flat = records[begin:end].reshape((end - begin) * batch, -1).split(self.sizes, 1)
+            for part, held, width, shape in zip(self.near, flat, self.widths, self.shapes, strict=True):
+                rows = dequantize_rows(held, width) if self.bits else held.contiguous().view(self.dtype)
+                part[:, :, begin:end] = rows.view(end - begin, batch, *shape).permute(1, 2, 0, 3)
+
+    def _pieces(self, slots: int, batch: int) -> Iterator[tuple[int, int]]:
+        """Yield parts of slots, so that what is made in between is small."""
+        step = max(1, _TOGETHER // (batch * max(self.widths)))
+        return ((begin, min(begin + step, slots)) for begin in range(0, slots, step))
 
 
 class BatchCache(Cache):
@@ -254,7 +269,7 @@ class BatchCache(Cache):
             return
         assert self._file is not None
         nbytes = self.length * chunk.rows * chunk.record_bytes
-        self._account.take("device", "cache on its way", nbytes)
+        self._account.take("device", _ON_ITS_WAY, nbytes)
         buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         chunk.coming = (self._file.read(chunk.offset, buffer), buffer)
 
@@ -331,6 +346,12 @@ class BatchCache(Cache):
             self._file = None
         self._account.close()
 
+    @property
+    def _disk_tier(self) -> DiskTier:
+        if self._disk is None:
+            raise UserError("a part of the cache lies on the disk: say in which folder")
+        return self._disk
+
     def _begin(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> _Chunk:
         """Make room for a layer where it shall lie."""
         tier = self._tier(layer)
@@ -343,9 +364,7 @@ class BatchCache(Cache):
         if chunk.stays:
             chunk.allocate(self.batch, self.capacity, at)
         elif tier == "disk":
-            if self._disk is None:
-                raise UserError("a part of the cache lies on the disk: say in which folder")
-            self._file = self._file or self._disk.open()
+            self._file = self._file or self._disk_tier.open()
             chunk.offset, self._file_end = self._file_end, self._file_end + nbytes
             chunk.rows = self.batch
         else:
@@ -368,21 +387,25 @@ class BatchCache(Cache):
         self.fetch(layer)
         assert chunk.coming is not None
         coming, buffer = chunk.coming
+        if coming.exception() is not None:
+            self._disk_tier.wait(0)  # maybe for want of what was not written
         coming.result()
         records = buffer.view(self.length, chunk.rows, chunk.record_bytes)
         if chunk.wanted is not None:
+            self._disk_tier.wait(0)  # no other write has a buffer beside
             records = records[:, chunk.wanted]
             self._write(chunk.offset, records)
             chunk.rows, chunk.wanted = len(chunk.wanted), None
         chunk.unpack(records.to(self._device, non_blocking=True))
         chunk.coming = None
-        self._account.give("device", "cache on its way", buffer.nbytes)
+        self._account.give("device", _ON_ITS_WAY, buffer.nbytes)
 
     def _write(self, offset: int, records: torch.Tensor) -> None:
         assert self._file is not None
+        self._disk_tier.wait()
+        self._ledger.take("device", _ON_ITS_WAY, records.nbytes)
         data = records.to("cpu").contiguous()
-        self._ledger.take("device", "cache on its way", data.nbytes)
-        self._file.write(offset, data, lambda: self._ledger.give("device", "cache on its way", data.nbytes))
+        self._file.write(offset, data, lambda: self._ledger.give("device", _ON_ITS_WAY, data.nbytes))
 
 
 class HiddenStates:
@@ -397,8 +420,7 @@ class HiddenStates:
         if tier == "disk" and disk is None:
             raise UserError("a part of the hidden states lies on the disk: say in which folder")
         self._tier = tier
-        self._account = _Account(ledger)
-        self._disk = disk
+        self._ledger, self._account, self._disk = ledger, _Account(ledger), disk
         self._file: _File | None = None
         self._storage: torch.UntypedStorage | None = None
         self._nbytes = self._taken = self._beside = 0
@@ -424,6 +446,8 @@ class HiddenStates:
         storage = hidden.untyped_storage()
         self._storage, self._nbytes, self._device = storage, storage.nbytes(), hidden.device
         self._account.take(self._tier, "hidden states", self._nbytes)
+        if self._disk is not None and self._tier == "disk":
+            self._disk.wait()
         copy = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=hidden.device.type == "cuda")
         copy.copy_(self._view())
         storage.resize_(0)
@@ -433,11 +457,14 @@ class HiddenStates:
         else:
             assert self._disk is not None
             self._file = self._file or self._disk.open()
-            self._file.write(0, copy, lambda: None)
+            nbytes = self._nbytes
+            self._ledger.take("device", _ON_ITS_WAY, nbytes)
+            self._file.write(0, copy, lambda: self._ledger.give("device", _ON_ITS_WAY, nbytes))
 
     def fetch(self) -> None:
         """Begin to read what is on the disk."""
         if self._storage is not None and self._file is not None and self._coming is None:
+            self._account.take("device", _ON_ITS_WAY, self._nbytes)
             self._far = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             self._coming = self._file.read(0, self._far)
 
@@ -452,6 +479,8 @@ class HiddenStates:
         self._account.take("device", "hidden states", self._taken)
         self._storage.resize_(self._nbytes)
         self._view().copy_(self._far, non_blocking=True)
+        if self._coming is not None:
+            self._account.give("device", _ON_ITS_WAY, self._nbytes)
         self._account.give(self._tier, "hidden states", self._nbytes)
         self._storage = self._far = self._coming = None
 

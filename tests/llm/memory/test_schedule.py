@@ -277,7 +277,7 @@ def test_what_is_not_in_the_budget_is_refused_before_it_is_allocated(toy: Toy) -
     names = roomy.report()["device"]
     assert set(names) == {
         *("layers that stay", "layers on their way", "workspace", "hidden states", "masks"),
-        *("cache", "cache in use", "cache on its way"),
+        *("cache", "cache in use", "between memory and disk"),
     }
     assert roomy.left("device") is None
     peak = roomy.peak["device"]
