@@ -225,17 +225,69 @@ def plan(
     draft: Draft = None,
     memory: Memory = None,
     link: Link = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, for --throughput.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written behind each.")] = 32,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many prompts there are; by default as many as a block can hold.")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Batches that share each load of a layer; by default what is best.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Prompts of a forward; by default what is best.")] = None,
+    bits: Annotated[int | None, typer.Option(help="4: weights and cache may be held in 4 bits.")] = None,
+    disk: Annotated[Path | None, typer.Option(help="Folder for a block's cache that memory lacks.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is kept.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure passes on this machine, and print which tree pays."""
-    from t2iprobe.llm.commands import plan_trees
+    """Measure passes on this machine, and print which tree pays and which blocks of prompts."""
+    from t2iprobe.devices import resolve_device
+    from t2iprobe.llm.commands import parse_bytes, plan_trees
+    from t2iprobe.llm.planning import plan_placement
 
+    if bits not in (None, 4):
+        raise UserError(f"weights and cache are held as they are or in 4 bits, not in {bits}")
     with _load(model, draft, memory, link, dtype, device) as engine:
         found = plan_trees(engine, measure=measure)
-    print_found(found, as_json, _describe_plan(found))
+    found |= plan_placement(
+        model,
+        memory=None if memory is None else parse_bytes(memory),
+        link=None if link is None else parse_bytes(link),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prompts=prompts,
+        block=block,
+        batch=batch,
+        bits=bits,
+        disk=disk,
+        dtype=dtype,
+        device=resolve_device(device),
+        measure=measure,
+    )
+    print_found(found, as_json, f"{_describe_plan(found)}\n\n{_describe_placement(found)}")
+
+
+def _describe_placement(found: dict[str, Any]) -> str:
+    placed = found["placement"]
+    lines = [
+        f"blocks of {placed['batches']} × {placed['batch']} prompts: "
+        f"{found['predicted_tokens_per_second']:.1f} tokens a second predicted",
+        f"{'':>16}{'device':>8}{'RAM':>8}{'disk':>8}",
+    ]
+    bits = {"weights": placed["weight_bits"], "cache": placed["cache_bits"]}
+    for name in ("weights", "cache", "hidden"):
+        label = name + (f", {bits[name]} bits" if bits.get(name) else "")
+        shares = placed["realised"][name]
+        lines.append(f"{label:>16}" + "".join(f"{shares[tier]:8.1%}" for tier in ("device", "ram", "disk")))
+    peak = found["predicted_peak_bytes"]
+    lines.append(f"{'MB at most':>16}" + "".join(f"{peak[tier] / 1e6:8.0f}" for tier in peak))
+    lines.append(f"what limits it: {found['binding']}")
+    for more in found["more_memory"]:
+        rate = more["predicted_tokens_per_second"]
+        gain = rate / found["predicted_tokens_per_second"] - 1
+        lines.append(f"with {more['factor']:g} times the memory: {rate:.1f} tokens a second ({gain:+.0%})")
+    return "\n".join(lines)
 
 
 def _describe_plan(found: dict[str, Any]) -> str:

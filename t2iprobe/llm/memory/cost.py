@@ -159,15 +159,15 @@ class ModelShape:
         """FLOPs of the head for `rows` rows of logits."""
         return 2 * rows * self.hidden * self.vocabulary
 
-    def work_bytes(self, batch: int, rows: int, slots: int, sampled: bool = False) -> int:
+    def work_bytes(self, batch: int, rows: int, slots: int) -> int:
         """Bytes of what B texts of n `rows` that see `slots` make on their way, at most at once.
 
         Either what all of a layer's matrices make and attention's copies of grouped keys and values, or the
-        logits and, where a token is drawn by more than its rank, a row's log-probabilities in float64.
+        logits and a row's log-probabilities in float64.
         """
         widths = sum(map(max, self.matrices)) + 2 * self.hidden
         copies = 2 * batch * slots * max(self.hidden, self.heads * self.head_dim) if rows > 1 else 0
-        logits = batch * self.vocabulary * self.value_bytes + (4 * 8 * self.vocabulary if sampled else 0)
+        logits = batch * self.vocabulary * self.value_bytes + 3 * 8 * self.vocabulary
         return max((batch * rows * widths + copies) * self.value_bytes, logits)
 
 
@@ -408,7 +408,7 @@ def _count_bytes(
         texts * (n * seen * shape.masks * size + n * (2 * shape.head_dim * size + 24))
         for n, seen in ((rows, longest), (1, slots))
     )
-    work = max(shape.work_bytes(most, n, seen, workload.sampled) for n, seen in ((rows, longest), (1, slots)))
+    work = max(shape.work_bytes(most, n, seen) for n, seen in ((rows, longest), (1, slots)))
     chunks = shape.layers * len(batches)
     fixed = shape.rest_bytes + chunks * chunk + len(batches) * hidden + kept + work
     # What is held in 4 bits is computed with as it was, wherever it lies.
@@ -502,7 +502,7 @@ LAYERS = 4  # more than what a CPU's own cache holds of most models
 _FILE_BYTES = 64 << 20
 _PIECE = 4 << 20
 _CONTEXT = 384
-_BESIDE_SECONDS = 0.4
+_BESIDE_SECONDS = 0.3
 
 
 class _First:
@@ -537,9 +537,11 @@ def measure_hardware(
     device = model.get_input_embeddings().weight.device
     with WeightStore(source, range(source.layers), device=device) as store:
         passes = _Passes(Decoder(model, store), shape, clock)
-        found = {size: passes.measure(size, 1, 1, repeats) for size in rows}
-        layer_seconds = {size: layer for size, (layer, _) in found.items()}
-        attention = _fit_attention(passes, shape, layer_seconds, repeats)
+        few = [(size, 1, 1) for size in rows]
+        cases = _attention_cases(passes.decoder.context_length)
+        found = dict(zip([*few, *cases], passes.measure([*few, *cases], repeats), strict=True))
+        layer_seconds = {case[0]: found[case][0] for case in few}
+        read, flops = _fit_attention(shape, layer_seconds, {case: found[case][0] for case in cases})
         token_seconds = passes.measure_draw(repeats)
         disk_read = _measure_reads(source, repeats, clock)
         copy = QuantizedSource(_First(source, 2), 4)
@@ -552,10 +554,10 @@ def measure_hardware(
     links = _measure_links(device, repeats, clock) if device.type != "cpu" else (None, None)
     return Hardware(
         layer_seconds=layer_seconds,
-        end_seconds={size: end for size, (_, end) in found.items()},
+        end_seconds={case[0]: found[case][1] for case in few},
         token_seconds=token_seconds,
-        attention_flops=attention[0],
-        attention_read=attention[1],
+        attention_flops=flops,
+        attention_read=read,
         disk_read=disk_read,
         file_read=file_read,
         file_write=file_write,
@@ -631,11 +633,18 @@ class _Passes:
         cache.advance(context)
         cache.keep([range(context)] * batch)
 
-    def measure(self, batch: int, rows: int, context: int, repeats: int) -> tuple[float, float]:
-        """Return the median seconds of a layer and of all else, the first pass left out."""
-        run = self.prepare(batch, rows, context)
-        layer, rest = zip(*[run() for _ in range(repeats + 1)][1:], strict=True)
-        return statistics.median(layer), statistics.median(rest)
+    def measure(self, cases: Sequence[tuple[int, int, int]], repeats: int) -> list[tuple[float, float]]:
+        """Return, of each case, the median seconds of a layer and of all else.
+
+        A case is texts, rows and context. They run in turn, so that a slow moment meets them all; the first
+        turn is left out.
+        """
+        runs = [self.prepare(*case) for case in cases]
+        turns = [[run() for run in runs] for _ in range(repeats + 1)][1:]
+        return [
+            (statistics.median(layer), statistics.median(rest))
+            for layer, rest in (zip(*turn, strict=True) for turn in zip(*turns, strict=True))
+        ]
 
     def measure_draw(self, repeats: int) -> float:
         """Return the median seconds to draw a token from a row of logits, without filters."""
@@ -694,36 +703,38 @@ def _read_file_for_ever(folder: Path) -> Iterator[int]:
                 yield count
 
 
-def _fit_attention(
-    passes: _Passes, shape: ModelShape, layer_seconds: Mapping[int, float], repeats: int
-) -> tuple[float, float]:
-    """Return attention's FLOPs a second, and the bytes of keys and values a second that it goes over.
-
-    From the seconds that passes take beyond those next to no context: few rows that see much, and many.
-    """
-    limit = passes.decoder.context_length
+def _attention_cases(limit: int | None) -> list[tuple[int, int, int]]:
+    """Return texts, rows and context of passes that see much: a few rows, as in decoding, and many."""
     context = min(_CONTEXT, limit // 2) if limit else _CONTEXT
-    some = max(1, min(64, context))
-    cases = [
+    some = max(1, min(64, context // 2))
+    return [
         (16, 1, context),
         (64, 1, context // 2),
         (4, some, 0),
         (1, context, 0),
         (4, some, context - some),
     ]
+
+
+def _fit_attention(
+    shape: ModelShape, layer_seconds: Mapping[int, float], cases: Mapping[tuple[int, int, int], float]
+) -> tuple[float, float]:
+    """Return the bytes of keys and values a second that attention goes over, and its FLOPs a second.
+
+    By least squares from the seconds a layer that `cases` (texts, rows, context) take beyond those next to no
+    context, each relative to its whole.
+    """
     work, beyond = [], []
-    for batch, rows, before in cases:
-        seconds, _ = passes.measure(batch, rows, before, repeats)
-        positions = before + rows
-        work.append(
-            [batch * positions * shape.position_bytes(), shape.attention_flops(batch * rows, positions)]
-        )
-        beyond.append(max(0.0, seconds - interpolate(layer_seconds, batch * rows)))
-    table, scale = np.array(work, dtype=float), np.array(work, dtype=float).max(0)
-    # A relative fit: a small pass counts as much as a large one.
-    weight = 1 / np.maximum(np.array(beyond), 1e-6)
-    (read, flops), _ = nnls(table / scale * weight[:, None], np.array(beyond) * weight)
-    return float(scale[1] / max(flops, 1e-9)), float(scale[0] / max(read, 1e-9))
+    for (batch, rows, before), seconds in cases.items():
+        read = batch * (before + rows) * shape.position_bytes()
+        flops = shape.attention_flops(batch * rows, before + rows)
+        work.append([read / seconds, flops / seconds])
+        beyond.append(max(0.0, 1 - interpolate(layer_seconds, batch * rows) / seconds))
+    table = np.array(work)
+    scale = table.max(0)
+    found, _ = nnls(table / scale, np.array(beyond))
+    read_rate, flops_rate = scale / np.maximum(found, 1e-6)
+    return float(read_rate), float(flops_rate)
 
 
 def _measure_reads(source: Source, repeats: int, clock: Callable[[], float]) -> float:
