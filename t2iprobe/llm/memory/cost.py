@@ -98,7 +98,7 @@ class ModelShape:
         if packed is not None:
             tensors = [place.shape for place in packed.layers[0].layout.values()]
             largest = max(file.nbytes for file in packed.layers)
-        matrices = tuple((shape[0], math.prod(shape[1:])) for shape in tensors if len(shape) > 1)
+        matrices = tuple(sorted((shape[0], math.prod(shape[1:])) for shape in tensors if len(shape) > 1))
         config = model.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -309,9 +309,10 @@ def _count_phase(
         for batch in batches
     )
     matrices: float = sum(interpolate(hardware.layer_seconds, batch * rows) for batch in batches)
-    # A pass of a prompt that is not its last has no logits; what it costs beside is little.
     end: float = sum(interpolate(hardware.end_seconds, batch) for batch in batches)
     end += texts * hardware.token_seconds if sampled else 0.0
+    if rows > 1:  # only the last pass of a prompt has logits; what the others do beside is little
+        end /= max(1, passes)
     computed = shape.layers * (matrices + attention) + end
     near = mean * positions * shape.position_bytes()  # a chunk's keys and values, as they are computed with
     unpacked = near / hardware.cache_copy

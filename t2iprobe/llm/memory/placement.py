@@ -252,7 +252,7 @@ class _Search:
         needs = []
         for kind in self._kinds():
             row = self._costs(self.batch or 1, number, kind).nbytes["device"]
-            moved = [min(0.0, row[1 + 2 * part] * totals[part] + row[7 + part]) for part in range(3)]
+            moved = [min(0.0, row[2 + 2 * part] * totals[part] + row[7 + part]) for part in range(3)]
             needs.append(row[0] + sum(moved))
         return math.ceil(min(needs) * (1 + 2 * _TOLERANCE))
 
@@ -275,9 +275,11 @@ class _Search:
 
     def _bound(self, size: int, kind: tuple[Any, ...]) -> float:
         """Return tokens a second if the computation alone took time."""
-        phases = self._costs(size, 1, kind).phases.values()
-        seconds = sum(phase.passes * phase.seconds["compute"][0] for phase in phases)
-        return size * self.workload.new_tokens / seconds
+        two, one = (
+            sum(phase.passes * phase.seconds["compute"][0] for phase in costs.phases.values())
+            for costs in (self._costs(size, number, kind) for number in (2, 1))
+        )
+        return size * self.workload.new_tokens / (two - one)  # of one batch more
 
     def _search_batches(self, size: int, kind: tuple[Any, ...]) -> None:
         """Look at numbers of batches: doubled as long as they fit, then around the best (FlexGen)."""
@@ -387,8 +389,11 @@ class _Program:
                 # A line of seconds shrinks as a whole; a budget, which its row counts as 1, grows.
                 amount = 1.0 if name in _MEMORY.values() else row[:9] @ found.x[:9] - limit
                 saved[name] = saved.get(name, 0.0) + float(-0.1 * dual * amount / found.fun)
-        if "disk link" in saved and not found.x[1] > 0:
-            saved["link to the device"] = saved.get("link to the device", 0.0) + saved.pop("disk link")
+        weights, *others = found.x[1:6:2]
+        if not any(others):  # the disk is read for weights alone
+            saved["disk link"] = saved.get("disk link", 0.0) + saved.pop("cache files")
+        if not weights:  # the reader reads from RAM
+            saved["link to the device"] += saved.pop("disk link", 0.0)
         return saved
 
     def _bounds(self) -> list[tuple[float, float | None]]:
