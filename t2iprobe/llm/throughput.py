@@ -27,10 +27,13 @@ from t2iprobe.llm.models import (
     load_tokenizer,
     load_without_layers,
 )
+from t2iprobe.llm.planning import choose_block
 from t2iprobe.storage import explain_full_disk, write_atomically
 
 __all__ = ["Block", "write_file"]
 
+# What the C library's allocator loses between the blocks that it hands out: some MB, measured.
+_ALLOCATOR = 16 << 20
 # Which of a line's keys are ours: the others are the prompt's row's own.
 _MADE = ("index", "token_ids", "text", "stop_reason")
 
@@ -95,7 +98,7 @@ def write_file(
     Returns what was done: see `_summarize`. Raises UserError for a file of other settings, a budget that is
     too small, and whatever a prompt, a model or a disk does not allow.
     """
-    sampling, block = sampling or Sampling(), block or Block()
+    sampling, block, disk = sampling or Sampling(), block or Block(), disk or cache_folder("blocks")
     rows = read_prompts(prompts)
     files = find_language_model(model)
     bits = (block.weight_bits, block.cache_bits) if isinstance(block, Placement) else (block.bits, block.bits)
@@ -117,16 +120,20 @@ def write_file(
         if done == len(rows):
             return {"out": str(out), "prompts": len(rows), "done_before": done, "written": 0}
         ledger = Ledger({"device": memory})
+        lost = 0 if memory is None else min(_ALLOCATOR, memory // 8)
+        ledger.take("device", "the allocator's losses", lost)
         packed = pack_model(files, dtype, device)
         ledger.take("device", "embedding, last norm and head", packed.rest.nbytes)
         whole = load_without_layers(files, read_rest(packed), dtype=dtype, device=device)
-        engine = Engine(files, load_tokenizer(files), Decoder(whole), memory=memory, packed=packed)
+        engine = Engine(files, load_tokenizer(files), Decoder(whole), packed=packed)
+        engine.memory = None if memory is None else memory - lost  # what the planner can plan with
         texts = [encode_prompt(engine, row, raw, system) for row in rows[done:]]
         forecast = None
         if isinstance(block, Placement):
             placement = block
         else:
-            placement, forecast = _choose(engine, block, texts, max_new_tokens, link)
+            lengths = [len(text) for text in texts]
+            placement, forecast = choose_block(engine, block, lengths, max_new_tokens, link, disk=disk)
         source = open_source(packed, placement.weight_bits, link)
         realised = realise_weights(placement, source)
         store = stack.enter_context(open_store(placement, source, device, ledger))
@@ -144,7 +151,7 @@ def write_file(
         report = write_batches(
             whole, store, placement, texts, sampling=sampling, max_new_tokens=max_new_tokens,
             eos_token_ids=engine.eos_token_ids, stop=stop, tokenizer=engine.tokenizer, first=done,
-            ledger=ledger, disk=disk or cache_folder("blocks"), realised=realised, on_results=keep,
+            ledger=ledger, disk=disk, realised=realised, on_results=keep,
         )  # fmt: skip
         seconds = time.perf_counter() - began
         read = store.counters.bytes_read - stayed
@@ -154,13 +161,6 @@ def write_file(
         "budget_bytes": memory,
         "predicted_tokens_per_second": forecast and forecast.tokens_per_second,
     }  # fmt: skip
-
-
-def _choose(engine: Engine, block: Block, texts: Sequence[Any], new: int, link: float | None) -> Any:
-    """Return the planner's placement and its forecast."""
-    from t2iprobe.llm.planning import choose_block
-
-    return choose_block(engine, block, [len(text) for text in texts], new, link)
 
 
 def _summarize(

@@ -306,11 +306,9 @@ class _Writer:
             raise RuntimeError(f"the model came to layer {arrived} instead of {layer}")
 
     def count_workspace(self, batch: "_Batch") -> int:
-        """Return the bytes of what a layer computes in between, or of the logits and what they become."""
-        rows, texts, vocabulary = batch.count_rows(), batch.cache.batch, self.decoder.vocabulary
-        layer = self.shape.work_bytes(texts, rows, batch.cache.length + rows)
-        # A row's log-probabilities are made in float64.
-        return max(layer, texts * vocabulary * self.decoder.dtype.itemsize + 3 * 8 * vocabulary)
+        """Return the bytes of what a batch's pass makes on its way, at most at once."""
+        rows = batch.count_rows()
+        return self.shape.work_bytes(batch.cache.batch, rows, batch.cache.length + rows)
 
     @property
     def is_plain(self) -> bool:
@@ -405,9 +403,13 @@ class _Batch:
                 row.made.seconds = seconds
                 if self._writer.ending.tokenizer is not None:
                     row.made.text = self._writer.ending.text(row.made.token_ids, row.made.stop_reason)
-        stay = [place for place, row in enumerate(self.rows) if not row.made.stop_reason]
-        if len(stay) == len(self.rows):
+        places = [place for place, row in enumerate(self.rows) if not row.made.stop_reason]
+        if len(places) == len(self.rows):
             return
+        # Only those behind the new end move, each into a gap.
+        movers = iter(place for place in places if place >= len(places))
+        kept = set(places)
+        stay = [place if place in kept else next(movers) for place in range(len(places))]
         self.rows = [self.rows[place] for place in stay]
         self._tokens = self._tokens[stay]
         if stay:

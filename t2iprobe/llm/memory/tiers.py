@@ -313,7 +313,10 @@ class BatchCache(Cache):
         self.length += rows
 
     def select(self, texts: Sequence[int]) -> None:
-        """Keep the texts of these numbers, in rising order, and forget the others."""
+        """Let the texts of these numbers be texts 0, 1, …, and forget the others.
+
+        None may move to a place whose text is still to move.
+        """
         self.padding = self.padding[list(texts)]
         for chunk in self._chunks.values():
             stored = chunk.near if chunk.stays else [chunk.records] if chunk.records is not None else []

@@ -11,6 +11,7 @@ import torch
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.engine.decoder import Decoder
+from t2iprobe.llm.engine.drafts import LookupDraft
 from t2iprobe.llm.engine.generation import Generated, Trees, generate
 from t2iprobe.llm.engine.processing import Sampling
 from t2iprobe.llm.memory import schedule
@@ -18,6 +19,7 @@ from t2iprobe.llm.memory.ledger import Ledger
 from t2iprobe.llm.memory.packing import Packed, pack_layers, read_rest
 from t2iprobe.llm.memory.placement import Placement, Shares
 from t2iprobe.llm.memory.schedule import arrange, open_source, open_store, write_batches
+from t2iprobe.llm.memory.tiers import BatchCache
 from t2iprobe.llm.models import decoder_layers, find_language_model, load_without_layers
 
 DEVICE, RAM, DISK = Shares(1, 0, 0), Shares(0, 1, 0), Shares(0, 0, 1)
@@ -261,6 +263,47 @@ def test_an_error_reaches_the_caller_and_leaves_nothing(
     assert not any(each._forward_pre_hooks for each in decoder_layers(model))
     assert list(disk.iterdir()) == []
     assert not open_files(disk)
+
+
+def test_the_next_chunk_is_on_its_way_and_no_other(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[BatchCache] = []
+    begin, update = BatchCache.__init__, BatchCache.update
+
+    def watched_begin(self: BatchCache, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        caches.append(self)
+
+    seen: list[tuple[int, int]] = []
+
+    def watched_update(self: BatchCache, keys: Any, values: Any, layer: int, *more: Any) -> Any:
+        found = update(self, keys, values, layer, *more)
+        if self.length:
+            chunks = [chunk for cache in caches for chunk in cache._chunks.values()]
+            seen.append(
+                (
+                    sum(chunk.near is not None for chunk in chunks),
+                    sum(chunk.coming is not None for chunk in chunks),
+                )
+            )
+        return found
+
+    monkeypatch.setattr(BatchCache, "__init__", watched_begin)
+    monkeypatch.setattr(BatchCache, "update", watched_update)
+    write(toy, make_placement(2, 2, cache=DISK), PROMPTS[:4])
+    assert len(seen) == (NEW - 1) * 3 * 2
+    # In the last layer of the last batch there is nothing to come.
+    assert set(seen) == {(1, 1), (1, 0)}
+    assert seen.count((1, 0)) == NEW - 1
+
+
+def test_the_same_placement_opens_a_speculative_target(toy: Toy) -> None:
+    source = open_source(toy.packed)
+    with open_store(make_placement(1, 1, Shares(1 / 3, 0, 2 / 3)), source) as store:
+        assert store.resident == (1,)
+        made = generate(
+            Decoder(toy.empty(), store), LookupDraft(toys.VOCABULARY), PROMPTS, max_new_tokens=NEW
+        )
+        assert tokens(made) == tokens(toy.plain())
 
 
 def test_the_disk_is_empty_afterwards(toy: Toy) -> None:
