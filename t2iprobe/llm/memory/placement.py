@@ -196,6 +196,10 @@ def choose_placement(
     best = search.run()
     if best is None:
         least = search.least_bytes()
+        if budgets["device"] is None or budgets["device"] >= least:
+            raise UserError(
+                f"no batch fits the budgets {dict(budgets)}: give more memory, or more disk space"
+            )
         raise UserError(
             f"the memory budget of {budgets['device']} bytes is too small for a batch: give {least} or more"
         )

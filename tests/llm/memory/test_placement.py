@@ -229,7 +229,7 @@ def test_the_dual_is_the_gain_of_a_little_more() -> None:
 def test_a_large_cache_goes_where_there_is_room() -> None:
     shape = toy_shape(16)
     workload = Workload(None, 400, 50)
-    budgets = {"device": 3_000_000, "ram": 0, "disk": None}
+    budgets = {"device": 3_600_000, "ram": 0, "disk": None}
     fast_files = replace(MACHINE, file_read=1e10, file_write=1e10, file_steals=0.0, cache_copy=1e10)
     moved = choose_placement(shape, fast_files, workload, budgets, bits=(None,))
     kept = choose_placement(shape, fast_files, workload, {**budgets, "disk": 0}, bits=(None,))
@@ -237,6 +237,10 @@ def test_a_large_cache_goes_where_there_is_room() -> None:
     assert kept.placement.cache.disk == 0
     assert kept.forecast.peak_bytes["disk"] == 0
     assert moved.forecast.tokens_per_second > kept.forecast.tokens_per_second
+    with pytest.raises(UserError, match="more memory, or more disk space"):
+        choose_placement(
+            shape, fast_files, workload, {"device": 2_500_000, "ram": 0, "disk": 0}, bits=(None,)
+        )
 
 
 def test_a_block_is_no_larger_than_there_are_prompts() -> None:
