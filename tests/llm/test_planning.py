@@ -87,9 +87,9 @@ def test_the_machine_is_measured_once(target: Path) -> None:
 def test_what_is_given_is_kept(target: Path) -> None:
     found = plan_placement(str(target), memory=900_000, block=3, batch=2, prompts=100, new_tokens=4)
     assert (found["placement"]["batches"], found["placement"]["batch"]) == (3, 2)
-    slow = plan_placement(str(target), memory=150_000, link=10_000)
+    slow = plan_placement(str(target), memory=300_000, link=10_000)
     assert slow["binding"] in ("disk link", "device memory")
-    packed = plan_placement(str(target), memory=150_000, link=10_000, bits=4)
+    packed = plan_placement(str(target), memory=300_000, link=10_000, bits=4)
     assert packed["placement"]["weight_bits"] == 4
     assert packed["predicted_tokens_per_second"] > slow["predicted_tokens_per_second"]
 
