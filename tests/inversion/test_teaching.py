@@ -109,7 +109,8 @@ def test_pictures_before_are_those_of_the_run(run: Path, taught: Path) -> None:
     for synset in ("dog.n.01", "bird.n.01"):
         drawn = [np.asarray(Image.open(path)) for path in Run.open(run).pictures(synset)]
         before = read_pictures(taught / "probe" / synset / "before")
-        assert same(drawn, before[:2])
+        # In another batch, so the same but for the processor's rounding.
+        assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(drawn, before[:2], strict=True))
         assert not same(before, read_pictures(taught / "probe" / synset / "textual-inversion"))
 
 
