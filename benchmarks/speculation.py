@@ -11,9 +11,9 @@ target that reads the known text instead of computing it. Where the draft's gues
 the judged budget, and everything of Transformers, are *written*: real passes, whose texts must be the
 target's own; and where both were done, both must count the same passes.
 
-The first draft grows every tree on all prompts. Best-first trees of other models, and written chains and
-optimal trees, are only grown on the first `--few` prompts of each task. Killed, the same command continues;
-it may name further drafts.
+Best-first trees of other drafts and budgets than those judged, and written chains and optimal trees, are only
+grown on the first `--few` prompts of each task. Killed, the same command continues; it may name further
+drafts.
 """
 
 from __future__ import annotations
@@ -282,7 +282,11 @@ def plan_arms(bench: Bench, options: argparse.Namespace) -> list[Arm]:
         ]
     arms.append(Arm(f"prompt lookup/{LOOKUP_TOKENS}", partial(bench.look_up, LOOKUP_TOKENS)))
     cells = [(g, b) for g in ("chain", "optimal", "best-first") for b in options.budgets]
-    arms += [replay(first, growth, budget) for growth, budget in cells if budget != JUDGED]
+    arms += [
+        replay(first, growth, budget, growth == "best-first" and first != "lookup")
+        for growth, budget in cells
+        if budget != JUDGED
+    ]
     for name in others:
         for growth, budget in cells:
             takes_long = growth == "best-first" and name != "lookup"
