@@ -133,7 +133,9 @@ def write_file(
             placement = block
         else:
             lengths = [len(text) for text in texts]
-            placement, forecast = choose_block(engine, block, lengths, max_new_tokens, link, disk=disk)
+            placement, forecast = choose_block(
+                engine, block, lengths, max_new_tokens, link, disk=disk, sampled=sampling.temperature > 0
+            )
         source = open_source(packed, placement.weight_bits, link)
         realised = realise_weights(placement, source)
         store = stack.enter_context(open_store(placement, source, device, ledger))
