@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, leftovers of killed processes, full disks, hashes."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -69,6 +71,24 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             f"the disk that holds {path} is full ({error.strerror}): everything stored so far is kept; "
             "make room, then run the same command to continue"
         ) from None
+
+
+def open_exclusively(path: Path) -> IO[bytes]:
+    """Open a file, made where it is missing, to read and append by this process alone.
+
+    Raises UserError where another process has it open so, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115  # the caller's
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"another process writes {path}: wait for it, or write elsewhere") from None
+    return file
 
 
 def write_output(path: Path, content: bytes) -> None:

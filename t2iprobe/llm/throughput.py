@@ -1,6 +1,5 @@
 """A file of prompts → a file of texts, in large blocks under a memory budget, continued if it was killed."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from t2iprobe.llm.models import (
     load_without_layers,
 )
 from t2iprobe.llm.planning import choose_block
-from t2iprobe.storage import explain_full_disk, write_atomically
+from t2iprobe.storage import explain_full_disk, open_exclusively, write_atomically
 
 __all__ = ["Block", "write_file"]
 
@@ -114,7 +113,7 @@ def write_file(
         "bits": list(bits),
     }
     with ExitStack() as stack:
-        file = stack.enter_context(_open_output(out))
+        file = stack.enter_context(open_exclusively(out))
         done = _continue(file, out, settings, len(rows))
         show(done, len(rows))
         if done == len(rows):
@@ -197,21 +196,6 @@ def _make_line(number: int, row: dict[str, Any], made: Generated) -> str:
     found = {"index": number, "token_ids": made.token_ids, "text": made.text, "stop_reason": made.stop_reason}
     own = {key: value for key, value in row.items() if key not in _MADE}
     return json.dumps({"index": number, **own, **found}, ensure_ascii=False) + "\n"
-
-
-def _open_output(path: Path) -> IO[bytes]:
-    """Open a file for this process alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115  # the caller's
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"another process writes {path}: wait for it, or write elsewhere") from None
-    return file
 
 
 def _continue(file: IO[bytes], path: Path, settings: dict[str, Any], total: int) -> int:
