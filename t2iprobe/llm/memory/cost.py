@@ -541,7 +541,7 @@ def measure_hardware(
         few = [(size, 1, 1) for size in rows]
         cases = _attention_cases(passes.decoder.context_length)
         found = dict(zip([*few, *cases], passes.measure([*few, *cases], repeats), strict=True))
-        layer_seconds = {case[0]: found[case][0] for case in few}
+        layer_seconds = without_noise({case[0]: found[case][0] for case in few})
         read, flops = _fit_attention(shape, layer_seconds, {case: found[case][0] for case in cases})
         token_seconds = passes.measure_draw(repeats)
         disk_read = _measure_reads(source, repeats, clock)
@@ -555,7 +555,7 @@ def measure_hardware(
     links = _measure_links(device, repeats, clock) if device.type != "cpu" else (None, None)
     return Hardware(
         layer_seconds=layer_seconds,
-        end_seconds={case[0]: found[case][1] for case in few},
+        end_seconds=without_noise({case[0]: found[case][1] for case in few}),
         token_seconds=token_seconds,
         attention_flops=flops,
         attention_read=read,
@@ -572,6 +572,13 @@ def measure_hardware(
         from_device=links[1],
         ram_attention=None if device.type == "cpu" else cache_copy,
     )
+
+
+def without_noise(seconds: Mapping[int, float]) -> dict[int, float]:
+    """Return rows → seconds where fewer rows take no longer than more: what was slower was disturbed."""
+    sizes = sorted(seconds, reverse=True)
+    least = itertools.accumulate((seconds[size] for size in sizes), min)
+    return dict(sorted(zip(sizes, least, strict=True)))
 
 
 def _cut_layers(model: Any, count: int) -> None:

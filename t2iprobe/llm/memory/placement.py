@@ -5,7 +5,7 @@ FlexGen, arXiv 2303.06865, section 4: a block of `batches` batches shares each l
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -183,36 +183,45 @@ def choose_placement(
     bits: Sequence[int | None] = (None, 4),
     block: int | None = None,
     batch: int | None = None,
+    spared: Callable[[int], int] = lambda device: 0,
 ) -> Choice:
     """Return the placement that writes the most tokens a second within `budgets` (tier → bytes, None: any).
 
     For each batch, number of batches, bits and place of attention a program in whole numbers (layers, chunks,
     batches) gives the best shares (FlexGen, section 4.3, with nothing left to round). `block` fixes the
     number of batches, `batch` the prompts of one; `bits` are those that weights and cache may be held in. RAM
-    is a tier of its own only where the device is another. Raises UserError, with the least that works, for
-    a device budget in which nothing fits.
+    is a tier of its own only where the device is another. Of the device's budget, `spared` bytes are planned
+    for nothing; they count as used. Raises UserError, with the least that works, for a device budget in which
+    nothing fits.
     """
-    search = _Search(shape, hardware, workload, dict(budgets), tuple(bits), block, batch)
+    device = budgets["device"]
+
+    def spare(given: int | None) -> dict[str, int | None]:
+        return {**budgets, "device": None if given is None else given - spared(given)}
+
+    search = _Search(shape, hardware, workload, spare(device), tuple(bits), block, batch)
     best = search.run()
     if best is None:
-        least = search.least_bytes()
-        if budgets["device"] is None or budgets["device"] >= least:
+        needed = least = search.least_bytes()
+        while least - spared(least) < needed:
+            least = needed + spared(least)
+        if device is None or device >= least:
             raise UserError(
                 f"no batch fits the budgets {dict(budgets)}: give more memory, or more disk space"
             )
-        raise UserError(
-            f"the memory budget of {budgets['device']} bytes is too small for a batch: give {least} or more"
-        )
+        raise UserError(f"the memory budget of {device} bytes is too small for a batch: give {least} or more")
     saved = search.save(best)
     more = {}
     for factor in (1.1, 2.0):
-        if (device := budgets["device"]) is not None:
-            richer = replace(search, budgets={**budgets, "device": int(device * factor)}, found={})
+        if device is not None:
+            richer = replace(search, budgets=spare(int(device * factor)), found={})
             found = richer.run()
             assert found is not None
             more[factor] = max(best.forecast.tokens_per_second, found.forecast.tokens_per_second)
     binding = max(saved, key=lambda name: saved[name])
-    placed = replace(best.forecast, binding=binding)
+    peak = dict(best.forecast.peak_bytes)
+    peak["device"] += 0 if device is None else spared(device)
+    placed = replace(best.forecast, binding=binding, peak_bytes=peak)
     return Choice(best.placement, placed, binding, saved, more)
 
 

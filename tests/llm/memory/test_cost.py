@@ -26,6 +26,7 @@ from t2iprobe.llm.memory.cost import (
     interpolate,
     line,
     measure_hardware,
+    without_noise,
 )
 from t2iprobe.llm.memory.packing import Packed, pack_layers, pack_quantized, read_rest
 from t2iprobe.llm.memory.placement import Placement, Shares
@@ -265,6 +266,12 @@ def test_a_machine_is_measured_and_kept(llama: Path, packed: Packed, tmp_path: P
     assert (found.to_device, found.ram_attention) == (None, None)
     assert hardware_from_json(hardware_to_json(found)) == found
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_what_disturbed_a_measurement_is_left_out() -> None:
+    assert without_noise({1: 3.0, 2: 9.0, 4: 2.0, 8: 5.0, 16: 7.0, 32: 6.0}) == {
+        1: 2.0, 2: 2.0, 4: 2.0, 8: 5.0, 16: 6.0, 32: 6.0
+    }  # fmt: skip
 
 
 def test_the_link_caps_the_weights_alone() -> None:

@@ -280,6 +280,25 @@ def test_the_least_memory_is_told_and_suffices() -> None:
         choose_placement(shape, MACHINE, WORKLOAD, {"device": least - 100, "ram": 0, "disk": None})
 
 
+def test_what_is_spared_is_planned_for_nothing_and_counts_as_used() -> None:
+    shape, budgets = toy_shape(), {"device": 800_000, "ram": 0, "disk": None}
+
+    def choose(device: int, **more: Any) -> Any:
+        return choose_placement(shape, MACHINE, WORKLOAD, {**budgets, "device": device}, **more)
+
+    spared, less = choose(800_000, spared=lambda device: device // 8), choose(700_000)
+    assert spared.placement == less.placement
+    assert spared.forecast.tokens_per_second == less.forecast.tokens_per_second
+    assert spared.forecast.peak_bytes["device"] == less.forecast.peak_bytes["device"] + 100_000 <= 800_000
+    assert spared.more_memory[2.0] == choose(1_400_000).forecast.tokens_per_second
+    with pytest.raises(UserError, match=r"of 80000 bytes.*give \d+ or more") as refusal:
+        choose(80_000, spared=lambda device: min(device // 8, 50_000))
+    least = int(str(refusal.value).split("give ")[1].split()[0])
+    choose(least, spared=lambda device: min(device // 8, 50_000))
+    with pytest.raises(UserError, match="too small"):
+        choose(least - 100, spared=lambda device: min(device // 8, 50_000))
+
+
 def test_shares_and_blocks_that_cannot_be_are_refused() -> None:
     for shares in ((0.5, 0.2, 0.2), (1.2, 0, -0.2)):
         with pytest.raises(UserError, match="1 together"):
