@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2iprobe.cli_corpus import corpus
 from t2iprobe.console import AsJson, print_found
 from t2iprobe.errors import UserError
 
@@ -18,6 +19,8 @@ llm = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+llm.add_typer(corpus, name="corpus")
 
 Model = Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")]
 Draft = Annotated[

@@ -1,0 +1,192 @@
+"""The commands of ``t2iprobe llm corpus``: words in, calls out."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from t2iprobe.console import AsJson, print_found
+from t2iprobe.errors import UserError
+
+corpus = typer.Typer(
+    help="Annotate, filter and deduplicate prompts and captions, and show what a filter does.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Documents = Annotated[
+    Path, typer.Argument(metavar="IN", help="jsonl, txt (a text a line) or parquet; .gz of the first two.")
+]
+Output = Annotated[Path, typer.Option("--out", "-o", help="File to write; .gz is zipped.")]
+Field = Annotated[str, typer.Option(help="Which field of a row holds the text.")]
+Longest = Annotated[int, typer.Option(help="Bytes of a line; a longer one is set aside.")]
+Processes = Annotated[int, typer.Option(help="How many; the output is the same.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster, or local: the same output by Ray Data.")
+]
+Shingle = Annotated[str, typer.Option(help="Words of a shingle, or characters as in char-5.")]
+
+
+def _stream(unit: str, call: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    from t2iprobe.progress import progress_bar
+
+    try:
+        with progress_bar(unit) as show:
+            return call(show)
+    except KeyboardInterrupt:
+        print("t2iprobe: stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def _executor(processes: int, cluster: str | None) -> Any:
+    if cluster is not None:
+        from t2iprobe.llm.corpus.cluster import on_ray
+
+        return on_ray(cluster)
+    from t2iprobe.llm.corpus.streaming import in_processes
+
+    return in_processes(processes)
+
+
+def _aside(found: dict[str, Any]) -> str:
+    if not found["rejected"]:
+        return ""
+    return f"; {found['rejected']} lines are no rows: {found['rejected_file']}"
+
+
+@corpus.command()
+def signals(
+    documents: Documents,
+    out: Output,
+    language: Annotated[str, typer.Option(help="Of the stop words and the blocklist.")] = "en",
+    target: Annotated[
+        list[Path] | None, typer.Option(help="A file of corpus train, which adds signals; repeat it.")
+    ] = None,
+    domains: Annotated[
+        Path | None, typer.Option(help="JSON of a domain's number in the UT1 blacklist.")
+    ] = None,
+    captions: Annotated[bool, typer.Option(help="Our own signals for prompts, too.")] = True,
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens to count: embedded, clip (of open-clip-torch), a folder, none.")
+    ] = "embedded",
+    shingle: Shingle = "13",
+    field: Field = "text",
+    longest_line: Longest = 64 << 20,
+    processes: Processes = 1,
+    cluster: Cluster = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a row's quality signals and MinHash bands for each row. The texts stay as they are."""
+    from t2iprobe.llm.corpus.annotation import make_annotation
+    from t2iprobe.llm.corpus.documents import Source
+    from t2iprobe.llm.corpus.streaming import stream
+
+    source = Source.open(documents, field, longest_line)
+    stage = make_annotation(language, domains, captions, tokenizer, shingle, target or [])
+    execute = _executor(processes, cluster)
+    found = _stream("bytes", lambda show: stream(stage, source, out, execute=execute, show=show))
+    short = found["too_short_for_minhash"]
+    text = f"{found['rows']} rows, {short} too short for a MinHash of {shingle}{_aside(found)} → {out}"
+    print_found(found, as_json, text)
+
+
+@corpus.command()
+def train(
+    target: Annotated[Path, typer.Option(help="Texts as they should be.")],
+    source: Annotated[Path, typer.Option(help="Texts as they are.")],
+    out: Output,
+    name: Annotated[str, typer.Option(help="Of the signals, such as wikiref.")] = "target",
+    limit: Annotated[int, typer.Option(help="Texts of each file at most.")] = 75_000,
+    field: Field = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Learn what your target looks like: importance weights and a classifier, for corpus signals --target."""
+    from t2iprobe.llm.corpus.documents import Source
+    from t2iprobe.llm.corpus.importance import train_target
+
+    if limit < 20:
+        raise UserError(f"a limit of 20 texts is the least, not {limit}")
+    found = train_target(name, Source.open(target, field), Source.open(source, field), out, limit)
+    accuracy = found["accuracy"]
+    judged = ""
+    if accuracy is not None:
+        low_high = "" if accuracy["interval"] is None else " [{:.3f}, {:.3f}]".format(*accuracy["interval"])
+        judged = f"; {accuracy['value']:.3f}{low_high} of {found['held_out']} unseen texts told apart"
+    text = f"{found['target_texts']} texts of the target, {found['source_texts']} others{judged} → {out}"
+    print_found(found, as_json, text)
+
+
+@corpus.command()
+def dedup(
+    documents: Documents,
+    out: Output,
+    similarity: Annotated[float, typer.Option(help="Jaccard of two texts' shingles.")] = 0.8,
+    shingle: Shingle = "2",
+    bands: Annotated[
+        str,
+        typer.Option(help="sure: pairs are found and then compared; published: RedPajama-V2's, uncompared."),
+    ] = "sure",
+    hasher: Annotated[str, typer.Option(help="sha1 as published, or rensa (Rust): faster.")] = "sha1",
+    field: Field = "text",
+    longest_line: Longest = 64 << 20,
+    processes: Processes = 1,
+    cluster: Cluster = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the rows without duplicates, exact and near, and which line is a duplicate of which."""
+    from t2iprobe.llm.corpus.dedup import check_choices, deduplicate
+    from t2iprobe.llm.corpus.documents import Source
+    from t2iprobe.llm.corpus.minhash import read_size
+
+    source, size = Source.open(documents, field, longest_line), read_size(shingle)
+    how = check_choices(bands, hasher)
+    execute = _executor(processes, cluster)
+    found = _stream(
+        "bytes",
+        lambda show: deduplicate(
+            source, out, similarity=similarity, size=size, execute=execute, show=show, **how
+        ),
+    )
+    text = (
+        f"{found['kept']} of {found['rows']} rows; {found['exact_duplicates']} equal an earlier one, "
+        f"{found['near_duplicates']} nearly{_aside(found)} → {out}"
+    )
+    print_found(found, as_json, text)
+
+
+@corpus.command("filter")
+def filter_rows(
+    documents: Documents,
+    signals: Annotated[Path, typer.Argument(metavar="SIGNALS", help="What corpus signals wrote of IN.")],
+    out: Output,
+    recipe: Annotated[
+        str, typer.Option(help="gopher, c4, refinedweb, wikipedia-reference, dsir, caption or a YAML file.")
+    ],
+    report: Annotated[
+        bool, typer.Option("--report", help="Show what each rule removes, with examples.")
+    ] = False,
+    field: Field = "text",
+    longest_line: Longest = 64 << 20,
+    as_json: AsJson = False,
+) -> None:
+    """Write the rows that a recipe keeps. What stays depends on the signals alone."""
+    from t2iprobe.llm.corpus.documents import Source
+    from t2iprobe.llm.corpus.filters import filter_file, load_recipe
+
+    rules = load_recipe(recipe)
+    found = filter_file(Source.open(documents, field, longest_line), signals, rules, out)
+    cut = f", {found['lines_cut']} lines cut" if rules.lines else ""
+    text = f"{found['kept']} of {found['rows']} rows{cut}{_aside(found)} → {out}"
+    print_found(found, as_json, f"{_describe_rules(found)}\n{text}" if report else text)
+
+
+def _describe_rules(found: dict[str, Any]) -> str:
+    lines = [f"{'removed':>9}{'alone':>8}  rule"]
+    for row in sorted(found["rules"], key=lambda row: -row["removed"]):
+        lines.append(f"{row['removed']:9}{row['removed_alone']:8}  {row['rule']}")
+        for example in row["examples"]:
+            value = "none" if example["value"] is None else f"{example['value']:.4g}"
+            lines.append(f"{'':19}{value:>8}  {' '.join(example['text'].split())[:70]}")
+    return "\n".join(lines)
