@@ -87,7 +87,7 @@ def signals(
     stage = make_annotation(language, domains, captions, tokenizer, shingle, target or [])
     execute = _executor(processes, cluster)
     found = _stream("bytes", lambda show: stream(stage, source, out, execute=execute, show=show))
-    short = found["too_short_for_minhash"]
+    short = found.get("too_short_for_minhash", 0)
     text = f"{found['rows']} rows, {short} too short for a MinHash of {shingle}{_aside(found)} → {out}"
     print_found(found, as_json, text)
 

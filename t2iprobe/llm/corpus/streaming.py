@@ -167,7 +167,9 @@ def _write(
                 file.write(gzip.compress(done.output, 6, mtime=0) if zipped else done.output)
             rejects.write(dump_lines(rejected._asdict() for rejected in done.rejected))
             # All at once: whatever stops this, the state is that of whole chunks.
-            state = State(state.settings, done.end, file.tell(), rejects.tell(), state.counts + done.counts)
+            counts = Counter(state.counts)
+            counts.update(done.counts)  # a + b would lose what is 0
+            state = State(state.settings, done.end, file.tell(), rejects.tell(), counts)
             show(done.end.byte or done.end.line, size if done.end.byte else 0)
             if monotonic() - kept > STATE_SECONDS:
                 keep()
