@@ -447,25 +447,22 @@ def compare(
     arms: Mapping[str, Sequence[Unit]],
     flops: Mapping[str, Mapping[str, float]],
     measured: Mapping[str, Mapping[str, Sequence[float]]],
-    names: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the table and the verdicts. Times are of a concept; all comparisons are of the same concepts."""
-    seconds, every = {}, {}
+    """Return the table and the verdicts. Times are of a concept, likeness is of the same concepts in all."""
+    seconds: dict[str, np.ndarray] = {}
     found: dict[str, dict[str, Any]] = {letter: {} for letter in ("0", *arms)}
     for letter, units in arms.items():
         blocks = group_blocks(units)
-        mine = [unit for unit in units if len(unit.names) > 1 or unit.names[0] in names]
-        count, own = (sum(len(unit.names) for unit in each) for each in (units, mine))
-        every[letter] = estimate_seconds(units, blocks) / count
-        seconds[letter] = estimate_seconds(mine, blocks) / own
-        steps = [s for unit in mine for n, s in zip(unit.names, unit.steps, strict=True) if n in names]
+        count = sum(len(unit.names) for unit in units)
+        seconds[letter] = estimate_seconds(units, blocks) / count
+        steps = [steps for unit in units for steps in unit.steps]
         found[letter] = {
             "steps": steps,
             "reasons": [reason for unit in units for reason in unit.reasons],
             "seconds": float(seconds[letter][0]),
-            "seconds_of_the_clock": sum(sum(unit.seconds) for unit in mine) / own,
-            "seconds_before": sum(unit.seconds[0] for unit in mine) / own,
-            "concepts_a_minute": 60 / float(every[letter][0]),
+            "seconds_of_the_clock": sum(sum(unit.seconds) for unit in units) / count,
+            "seconds_before": sum(unit.seconds[0] for unit in units) / count,
+            "concepts_a_minute": 60 / float(seconds[letter][0]),
             "concepts_timed": count,
             "concepts_in_a_pass": max(len(unit.names) for unit in units),
             "flops_a_step": flops[letter]["step"],
@@ -480,13 +477,12 @@ def compare(
             for name, each in values.items():
                 quality[name]["minus_a"] = describe_difference(measured["a"][name], each)
         found[letter] |= quality
-    return {"arms": found, "verdicts": judge(found, seconds, every)}
+    return {"arms": found, "verdicts": judge(found, seconds)}
 
 
 def judge(
     found: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, np.ndarray],
-    every: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """Return {claim, holds, detail} for the arms that were run; a ratio holds if all of its interval does."""
     verdicts = []
@@ -503,16 +499,11 @@ def judge(
                     f"paired difference {difference['value']:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]",
                 }
             )
-    for slow, fast, least, clock in (
-        ("a", "c", 15, seconds),
-        ("b", "c", 2, seconds),
-        ("e", "c", 2, seconds),
-        ("c", "d", 2, every),
-    ):
-        if {slow, fast} <= set(clock):
-            ratio = describe_ratio(clock[slow], clock[fast])
+    for slow, fast, least in (("a", "c", 15), ("b", "c", 2), ("e", "c", 2), ("c", "d", 2)):
+        if {slow, fast} <= set(seconds):
+            ratio = describe_ratio(seconds[slow], seconds[fast])
             low, high = ratio["interval"]
-            what = "the concepts a minute of" if clock is every else "faster than"
+            what = "the concepts a minute of" if fast == "d" else "faster than"
             verdicts.append(
                 {
                     "claim": f"({fast}) at least {least} times {what} ({slow})",
@@ -571,12 +562,11 @@ def shorten(references: Mapping[str, type[Reference]], steps: int) -> dict[str, 
 def plan_units(
     letters: str, names: Sequence[str], together: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, list[Unit]]:
-    """Return the trainings of each arm: those with a reference train `names`, ours `together`."""
-    groups = {"c": [[name] for name in together], "d": [list(together)]}
+    """Return the trainings of each arm: (a), whose steps are as many for each, trains `names` alone."""
+    groups = {"a": [[name] for name in names], "d": [list(together)]}
+    single = [[name] for name in together]
     return {
-        letter: [
-            Unit(letter, seed, group) for seed in seeds for group in groups.get(letter, [[n] for n in names])
-        ]
+        letter: [Unit(letter, seed, group) for seed in seeds for group in groups.get(letter, single)]
         for letter in letters
     }
 
@@ -661,7 +651,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     arms = run_arms(bench, units, options)
     tell("drawing and judging")
     measured = measure_rows(bench, arms, names, seeds, 1 if options.quick else options.samples)
-    report = compare(arms, json.loads(kept.read_text()), measured, names)
+    report = compare(arms, json.loads(kept.read_text()), measured)
     backbone = bench.load()
     rms = float(backbone.encoders["clip_l"][1].get_input_embeddings().weight.square().mean().sqrt())
     return report | {
@@ -684,8 +674,8 @@ def write_notes(
     """Return what a reader of the table must know."""
     scale = rms / SD_RMS
     return [
-        f"Concepts: {', '.join(names)}; seeds {', '.join(map(str, seeds))}; (c) and (d) are timed on "
-        f"{len(together)}. {backbone.device.type}, {backbone.dtype}, {torch.get_num_threads()} threads.",
+        f"Likeness and obedience of {', '.join(names)}, which (a) is timed on, whose steps are as many for "
+        f"each concept; the others are timed on {len(together)}. Seeds {', '.join(map(str, seeds))}. {backbone.device.type}, {backbone.dtype}, {torch.get_num_threads()} threads.",
         "",
         f"Seconds: medians of blocks of {BLOCK} passes, times passes, and what a training did before its "
         "first step; the intervals of ratios are over those blocks, not over concepts. (c) and (d) look for "
