@@ -211,9 +211,10 @@ def compare_made_up(bench: ModuleType, likeness_c: float, seconds_c: float) -> l
     for letter, likeness in (("c", likeness_c), ("d", 0.6)):
         values[letter] = values["a"] + likeness - 0.6 + 0.01 * rng.standard_normal(64)
     measured = {letter: {"likeness": list(v), "obedience": list(v)} for letter, v in values.items()}
-    report = bench.compare(arms, flops, measured, ["x", "y"]) | {"notes": []}
+    report = bench.compare(arms, flops, measured) | {"notes": []}
     assert "(c) ours" in bench.table_arms(report)
     assert report["arms"]["c"]["flops_ratio"] == pytest.approx(4.0)
+    assert report["arms"]["c"]["over_concepts"] == pytest.approx([2 / seconds_c] * 2, rel=0.02)
     return [verdict["holds"] for verdict in report["verdicts"]]
 
 
