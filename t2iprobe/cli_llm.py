@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2iprobe.cli_corpus import corpus
+from t2iprobe.cli_swarm import swarm as swarm_commands
 from t2iprobe.console import AsJson, print_found
 from t2iprobe.errors import UserError
 
@@ -19,6 +20,7 @@ llm = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+llm.add_typer(swarm_commands, name="swarm")
 
 llm.add_typer(corpus, name="corpus")
 
@@ -110,6 +112,19 @@ def generate(
     disk: Annotated[Path | None, typer.Option(help="Folder for a block's cache that memory lacks.")] = None,
     memory: Memory = None,
     link: Link = None,
+    swarm: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a swarm that serves the model's blocks; several: repeat it."),
+    ] = None,
+    eight_bits: Annotated[
+        bool, typer.Option("--eight-bits", help="Send a swarm hidden states in 8 bits.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Id of a peer of the swarm that may be asked, and no other.")
+    ] = None,
+    soft_prompt: Annotated[
+        Path | None, typer.Option(help="File of llm swarm tune, to stand before every prompt.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -122,10 +137,15 @@ def generate(
     from t2iprobe.llm.commands import choose_trees, read_prompts, write_texts
     from t2iprobe.llm.engine.processing import Sampling
 
+    if swarm:
+        from t2iprobe.llm.swarm.client import BUDGET, describe_swarm
+
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed)
     if throughput:
         if prompts is None or out is None:
             raise UserError("--throughput writes a file from a file: give --prompts FILE and --out FILE")
+        if swarm:
+            raise UserError("--throughput reads the weights here: leave --swarm out")
         if draft not in (None, "none"):
             raise UserError(f"--throughput writes without a draft: leave --draft {draft} out")
         made = _write_blocks(
@@ -135,7 +155,7 @@ def generate(
         )  # fmt: skip
         print_found(made, as_json, _describe_blocks(made))
         return
-    given = {"--out": out, "--block": block, "--bits": bits, "--disk": disk}
+    given = {"--out": out, "--block": block, "--bits": None if swarm else bits, "--disk": disk}
     if lacking := [name for name, value in given.items() if value is not None]:
         raise UserError(f"{lacking[0]} is of --throughput: give that, too")
     rows = (
@@ -143,7 +163,19 @@ def generate(
         if prompts is not None
         else [{"prompt": sys.stdin.read() if prompt == "-" else prompt}]
     )
-    with _load(model, draft, memory, link, dtype, device) as engine:
+    if swarm:
+        if memory is not None or link is not None:
+            raise UserError("a swarm holds the weights: leave --memory and --link out")
+        loaded = _load_from_swarm(
+            model, draft, swarm, dtype=dtype, device=device, bits=bits, allowed=allow,
+            eight_bits=eight_bits, soft_prompt=soft_prompt,
+        )  # fmt: skip
+        budget = BUDGET if budget is None else budget
+    else:
+        if eight_bits or allow or soft_prompt is not None:
+            raise UserError("--eight-bits, --allow and --soft-prompt are of --swarm: give an address, too")
+        loaded = _load(model, draft, memory, link, dtype, device)
+    with loaded as engine:
         streams = prompts is None and not as_json
         texts = write_texts(
             engine,
@@ -158,6 +190,8 @@ def generate(
             on_text=(lambda _, text: print(text, end="", flush=True)) if streams and not stop else None,
         )
         for made in texts:
+            if swarm:
+                made |= describe_swarm(engine)
             if prompts is not None:
                 print(json.dumps(made, ensure_ascii=False), flush=True)
             elif as_json:
@@ -165,6 +199,18 @@ def generate(
             else:
                 print(made["text"] if stop else "")
                 print(_describe(made), file=sys.stderr)
+
+
+def _load_from_swarm(
+    model: str, draft: str | None, peers: list[str], *, device: str, eight_bits: bool, **how: Any
+) -> "Engine":
+    from t2iprobe.devices import resolve_device
+    from t2iprobe.llm.swarm.client import load_swarm_engine
+    from t2iprobe.llm.swarm.session import Settings
+
+    return load_swarm_engine(
+        model, peers, draft, device=resolve_device(device), settings=Settings(eight_bits=eight_bits), **how
+    )
 
 
 def _write_blocks(

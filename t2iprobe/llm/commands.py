@@ -82,6 +82,10 @@ class Engine:
     _stores: list[WeightStore] = field(default_factory=list)
     _copy: QuantizedSource | None = None
 
+    def call_at_end(self, close: Callable[[], None]) -> None:
+        """Call this when the engine is closed."""
+        self._stack.callback(close)
+
     def hold(self, store: WeightStore) -> WeightStore:
         """Close a store when the engine is."""
         self._stack.callback(store.close)

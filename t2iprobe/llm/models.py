@@ -119,12 +119,18 @@ def load_language_model(
 
 
 def load_without_layers(
-    files: LanguageModelFiles, rest: Mapping[str, "torch.Tensor"], *, dtype: str = "auto", device: str = "cpu"
+    files: LanguageModelFiles,
+    rest: Mapping[str, "torch.Tensor"],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    embeds: bool = True,
 ) -> LanguageModel:
     """Make a model whose layers hold no weights (their parameters are on the meta device).
 
     `rest` is everything else, name in the checkpoint → tensor; its first tensor's dtype counts as the
-    checkpoint's. Raises UserError where a tensor is missing or has another shape.
+    checkpoint's. Without `embeds`, the tokens' embedding and the head hold no weights either. Raises
+    UserError where a tensor is missing or has another shape.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -141,14 +147,24 @@ def load_without_layers(
                 model.generation_config = GenerationConfig.from_pretrained(
                     files.folder, local_files_only=True
                 )
-        named = {name: tensor.to(device, chosen) for name, tensor in _name_as_in(model, rest).items()}
+        ends = () if embeds else (model.get_input_embeddings(), model.get_output_embeddings())
+        spared = {id(each) for end in ends if end is not None for each in end.parameters()}
+        own = dict(model.named_parameters(remove_duplicate=False))
+        named = {
+            name: tensor.to(device, chosen)
+            for name, tensor in _name_as_in(model, rest).items()
+            if id(own.get(name)) not in spared
+        }
         model.load_state_dict(named, strict=False, assign=True)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
     _check_decoder(model, files.name)
     model.tie_weights()
-    in_layers = {id(parameter) for parameter in decoder_layers(model).parameters()}
-    lacking = [name for name, each in model.named_parameters() if each.is_meta and id(each) not in in_layers]
+    empty = {id(parameter) for parameter in decoder_layers(model).parameters()}
+    if not embeds:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        empty |= {id(each) for end in ends if end is not None for each in end.parameters()}
+    lacking = [name for name, each in model.named_parameters() if each.is_meta and id(each) not in empty]
     if lacking:
         raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
     for buffered in model.modules():

@@ -174,11 +174,13 @@ class Decoder:
 class Lending:
     """Lets a store's tensors stand in for the parameters of a model's layers, one layer at a time or more.
 
-    Raises UserError for a store of another number of layers.
+    `layers` are some of the model's, all without. Raises UserError for a store of another number of layers.
     """
 
-    def __init__(self, model: LanguageModel, store: LayerStore) -> None:
-        self._layers = list(decoder_layers(model))
+    def __init__(
+        self, model: LanguageModel, store: LayerStore, layers: Sequence[nn.Module] | None = None
+    ) -> None:
+        self._layers = list(decoder_layers(model) if layers is None else layers)
         if len(self._layers) != store.layers:
             raise UserError(f"the model has {len(self._layers)} layers and its weight store {store.layers}")
         self._store = store
