@@ -103,7 +103,10 @@ def generate(
             help="Write a file of prompts in blocks, without a draft; continued if it was killed.",
         ),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="JSONL that --throughput writes.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSONL that --throughput writes; by default PROMPTS.texts.jsonl, beside PROMPTS."),
+    ] = None,
     block: Annotated[
         int | None,
         typer.Option(help="Batches that share each load of a layer; by default what is predicted fastest."),
@@ -142,14 +145,14 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram, seed)
     if throughput:
-        if prompts is None or out is None:
-            raise UserError("--throughput writes a file from a file: give --prompts FILE and --out FILE")
+        if prompts is None:
+            raise UserError("--throughput writes a file from a file: give --prompts FILE")
         if swarm:
             raise UserError("--throughput reads the weights here: leave --swarm out")
         if draft not in (None, "none"):
             raise UserError(f"--throughput writes without a draft: leave --draft {draft} out")
         made = _write_blocks(
-            prompts, out, (batch, block, bits), memory, link, device,
+            prompts, out or prompts.with_suffix(".texts.jsonl"), (batch, block, bits), memory, link, device,
             model=model, disk=disk, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop or [],
             raw=raw, system=system, dtype=dtype,
         )  # fmt: skip
@@ -251,7 +254,7 @@ def _describe_blocks(made: dict[str, Any]) -> str:
         f"{made['written']} texts{before}, {made['tokens']} tokens in {made['seconds']:.1f} s: "
         f"{made['tokens_per_second']:.1f} a second; blocks of {where['batches']} × {where['batch']}, "
         f"{made['weight_bytes_per_token'] / 1e6:.1f} MB of weights read a token, "
-        f"{peak / 1e6:.0f}{budget} MB of memory at most → {made['out']}"
+        f"{peak / 1e6:.0f}{budget} MB of memory at most → {made['out']}\n\n{_describe_shares(where)}"
     )
 
 
@@ -319,23 +322,38 @@ def plan(
 
 def _describe_placement(found: dict[str, Any]) -> str:
     placed = found["placement"]
-    lines = [
-        f"blocks of {placed['batches']} × {placed['batch']} prompts: "
-        f"{found['predicted_tokens_per_second']:.1f} tokens a second predicted",
-        f"{'':>16}{'device':>8}{'RAM':>8}{'disk':>8}",
-    ]
-    bits = {"weights": placed["weight_bits"], "cache": placed["cache_bits"]}
-    for name in ("weights", "cache", "hidden"):
-        label = name + (f", {bits[name]} bits" if bits.get(name) else "")
-        shares = placed["realised"][name]
-        lines.append(f"{label:>16}" + "".join(f"{shares[tier]:8.1%}" for tier in ("device", "ram", "disk")))
+    rate = found["predicted_tokens_per_second"]
     peak = found["predicted_peak_bytes"]
-    lines.append(f"{'MB at most':>16}" + "".join(f"{peak[tier] / 1e6:8.0f}" for tier in peak))
-    lines.append(f"what limits it: {found['binding']}")
+    lines = [
+        f"blocks of {placed['batches']} × {placed['batch']} prompts: {rate:.1f} tokens a second predicted",
+        _describe_shares(placed),
+        f"{'MB at most':>16}" + "".join(f"{peak[tier] / 1e6:8.0f}" for tier in peak),
+        "",
+        f"what limits it: {found['binding']}",
+    ]
+    saved = found["saved_by_a_tenth_more"]
+    for name in sorted(saved, key=lambda name: -saved[name]):
+        if saved[name] > 5e-4:
+            lines.append(f"{name + ', a tenth more':>40}: {saved[name]:6.1%} of the seconds saved")
     for more in found["more_memory"]:
-        rate = more["predicted_tokens_per_second"]
-        gain = rate / found["predicted_tokens_per_second"] - 1
-        lines.append(f"with {more['factor']:g} times the memory: {rate:.1f} tokens a second ({gain:+.0%})")
+        better = more["predicted_tokens_per_second"]
+        much = "" if more["memory"] is None else f" ({more['memory'] / 1e6:.0f} MB)"
+        label = f"{more['factor']:g} times the memory{much}"
+        lines.append(f"{label:>40}: {better:6.1f} tokens a second ({better / rate - 1:+.0%})")
+    return "\n".join(lines)
+
+
+def _describe_shares(placed: dict[str, Any]) -> str:
+    """Return what lies where, as it was asked for and as it is, in layers, chunks and batches."""
+    tiers, bits = ("device", "ram", "disk"), {"weights": placed["weight_bits"], "cache": placed["cache_bits"]}
+    lines = [f"{'':>16}{'device':>8}{'RAM':>8}{'disk':>8}   asked for"]
+    for name, real in placed["realised"].items():
+        label = name + (f", {bits[name]} bits" if bits.get(name) else "")
+        asked = placed["asked"][name]
+        lines.append(
+            f"{label:>16}{''.join(f'{real[tier]:8.1%}' for tier in tiers)}"
+            f"   {' / '.join(f'{asked[tier]:.1%}' for tier in tiers)}"
+        )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from t2iprobe.llm.memory.cost import (
     hardware_to_json,
     measure_hardware,
 )
+from t2iprobe.llm.memory.ledger import allocator_losses
 from t2iprobe.llm.memory.packing import Packed, read_rest
 from t2iprobe.llm.memory.placement import Choice, Forecast, Placement, choose_placement, realise
 from t2iprobe.llm.models import (
@@ -40,7 +41,7 @@ __all__ = ["choose_block", "find_hardware", "plan_placement"]
 
 # Of the memory that nobody else has, where no budget is given.
 _PART = 0.75
-_MEASURED = 1  # raised whenever what is measured changes
+_MEASURED = 2  # raised whenever what is measured changes
 
 
 def plan_placement(
@@ -95,6 +96,7 @@ def plan_placement(
         bits=(None,) if bits is None else (None, bits),
         block=block,
         batch=batch,
+        spared=allocator_losses,
     )
     return describe_choice(choice, packed, memory)
 
@@ -128,6 +130,7 @@ def choose_block(
         bits=(block.bits,),
         block=block.batches,
         batch=block.batch,
+        spared=allocator_losses,
     )
     return choice.placement, choice.forecast
 
@@ -200,6 +203,7 @@ def describe_choice(choice: Choice, packed: Packed, memory: int | None) -> dict[
         "placement": asdict(placement)
         | {
             "block": placement.block,
+            "asked": {name: asdict(getattr(placement, name)) for name in realised.shares},
             "realised": {name: asdict(shares) for name, shares in realised.shares.items()},
         },
         "predicted_tokens_per_second": forecast.tokens_per_second,

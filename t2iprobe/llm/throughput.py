@@ -15,7 +15,7 @@ from t2iprobe.llm.commands import Engine, encode_prompt, pack_model, read_prompt
 from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.generation import Generated
 from t2iprobe.llm.engine.processing import Sampling
-from t2iprobe.llm.memory.ledger import Ledger
+from t2iprobe.llm.memory.ledger import Ledger, allocator_losses
 from t2iprobe.llm.memory.packing import read_rest
 from t2iprobe.llm.memory.placement import Placement, Realised
 from t2iprobe.llm.memory.schedule import BlockReport, open_source, open_store, realise_weights, write_batches
@@ -31,8 +31,6 @@ from t2iprobe.storage import explain_full_disk, open_exclusively, write_atomical
 
 __all__ = ["Block", "write_file"]
 
-# What the C library's allocator loses between the blocks that it hands out: some MB, measured.
-_ALLOCATOR = 16 << 20
 # Which of a line's keys are ours: the others are the prompt's row's own.
 _MADE = ("index", "token_ids", "text", "stop_reason")
 
@@ -119,13 +117,11 @@ def write_file(
         if done == len(rows):
             return {"out": str(out), "prompts": len(rows), "done_before": done, "written": 0}
         ledger = Ledger({"device": memory})
-        lost = 0 if memory is None else min(_ALLOCATOR, memory // 8)
-        ledger.take("device", "the allocator's losses", lost)
+        ledger.take("device", "the allocator's losses", 0 if memory is None else allocator_losses(memory))
         packed = pack_model(files, dtype, device)
         ledger.take("device", "embedding, last norm and head", packed.rest.nbytes)
         whole = load_without_layers(files, read_rest(packed), dtype=dtype, device=device)
-        engine = Engine(files, load_tokenizer(files), Decoder(whole), packed=packed)
-        engine.memory = None if memory is None else memory - lost  # what the planner can plan with
+        engine = Engine(files, load_tokenizer(files), Decoder(whole), memory=memory, packed=packed)
         texts = [encode_prompt(engine, row, raw, system) for row in rows[done:]]
         forecast = None
         if isinstance(block, Placement):

@@ -63,7 +63,10 @@ def test_the_plan_has_a_placement(target: Path) -> None:
     text = plan(target, *words)
     assert f"blocks of {placement['batches']} × {placement['batch']} prompts" in text
     assert f"what limits it: {found['binding']}" in text
-    assert "with 2 times the memory" in text
+    assert "2 times the memory (1 MB): " in text
+    asked = " / ".join(f"{placement['weights'][tier]:.1%}" for tier in ("device", "ram", "disk"))
+    assert f"   {asked}\n" in text
+    assert f"{found['binding']}, a tenth more: " in text
     assert "tokens a pass" in text
 
 

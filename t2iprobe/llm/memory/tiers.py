@@ -57,7 +57,12 @@ class DiskTier:
         return self._thread.submit(work, *arguments)
 
     def write(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Let the thread write; what goes wrong is raised by `wait`."""
+        """Let the thread write; what goes wrong is raised by `wait`, or by the next write.
+
+        Two writes are on their way at most: a disk that is slower than the computation holds it up, and not
+        the memory of what it still has to write.
+        """
+        self.wait()
         self._writes.append(self.submit(work, *arguments))
 
     def wait(self, most: int = 1) -> None:

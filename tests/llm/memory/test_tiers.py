@@ -150,6 +150,29 @@ def test_hidden_states_come_back_and_their_memory_is_free_meanwhile(tier: str, t
             HiddenStates(tier, ledger)
 
 
+def test_a_slow_disk_holds_the_computation_up_and_not_its_memory(tmp_path: Path) -> None:
+    may_write, asked = threading.Event(), []
+
+    def write(number: int) -> None:
+        assert may_write.wait(60)
+
+    def ask() -> None:
+        for number in range(5):
+            disk.write(write, number)
+            asked.append(number)
+
+    with DiskTier(tmp_path) as disk:
+        asker = threading.Thread(target=ask)
+        asker.start()
+        asker.join(0.3)
+        assert asker.is_alive()
+        assert asked == [0, 1]
+        may_write.set()
+        asker.join(60)
+        assert asked == [0, 1, 2, 3, 4]
+        disk.wait(0)
+
+
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     def fill(cache: BatchCache) -> None:
         for step in range(50):
