@@ -26,7 +26,7 @@ Request = tuple[Sequence[int], Sequence[int]]  # context, continuation
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of a continuation: each token's log-probability [T], whether each is the likeliest."""
+    """What a model says of a continuation: each token's log-probability [T], and whether all are best."""
 
     log_probabilities: NDArray[np.float64]
     is_greedy: bool

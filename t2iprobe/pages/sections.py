@@ -1,0 +1,130 @@
+"""Pages of figures, charts and tables in the common look, for results that need no page of their own."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from t2iprobe import __version__
+from t2iprobe.pages import SCALE, charts, format_score, render_page
+
+__all__ = [
+    "Cell",
+    "Chart",
+    "Figure",
+    "Section",
+    "Table",
+    "draw_dots",
+    "draw_lines",
+    "number",
+    "render_sections",
+]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A headline number; `within`: its interval or spread, in words."""
+
+    title: str
+    value: str
+    within: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell; `sort` is what its column is sorted by."""
+
+    text: str
+    sort: float | str = ""
+    within: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first `words` columns are words, the others numbers."""
+
+    id: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    words: int = 1
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Dots with a range, or lines (`plot`)."""
+
+    id: str
+    title: str
+    caption: str
+    label_x: str
+    label_y: str = ""
+    rows: Sequence[dict[str, Any]] = ()
+    ticks: Sequence[float] = ()
+    plot: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, in this order."""
+
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    notices: Sequence[str] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    meanings: Sequence[tuple[str, str]] = ()
+    command: str = ""
+    facts: Sequence[tuple[str, str]] = field(default=())
+
+
+def number(value: float | None, digits: int = 3, interval: Sequence[float] | None = None) -> Cell:
+    """Return a number as a cell, with its interval behind it."""
+    within = "" if not interval else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+    return Cell(format_score(value, digits), "" if value is None else value, within)
+
+
+def draw_dots(
+    id: str,
+    title: str,
+    caption: str,
+    label: str,
+    rows: Iterable[tuple[str, float, float, Sequence[float] | None]],
+) -> Chart:
+    """Return a chart of rows (name, value ●, reference ○, interval)."""
+    placed = [
+        {"name": name, "after": value, "before": reference, "interval": interval, "significant": True}
+        for name, value, reference, interval in rows
+    ]
+    highest = max(max([row["after"], row["before"], *(row["interval"] or [])]) for row in placed)
+    return Chart(id, title, caption, label, rows=placed, ticks=charts.choose_ticks(highest))
+
+
+def draw_lines(
+    id: str,
+    title: str,
+    caption: str,
+    label_x: str,
+    label_y: str,
+    series: dict[str, list[tuple[float, float]]],
+) -> Chart:
+    """Return a chart of named lines."""
+    last = max(x for points in series.values() for x, _ in points)
+    return Chart(id, title, caption, label_x, label_y, plot=charts.plot_lines(series, last_x=last))
+
+
+def render_sections(*, kicker: str, title: str, standfirst: str, content: Sequence[Section]) -> str:
+    """Return the page as one HTML text."""
+    return render_page(
+        "sections_report.html",
+        version=__version__,
+        kicker=kicker,
+        title=title,
+        standfirst=standfirst,
+        content=content,
+        sections=[(section.id, section.title) for section in content],
+        data={"scale": SCALE, "runs": [], "synsets": {}},
+        strips=[],
+    )
