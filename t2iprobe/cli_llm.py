@@ -190,7 +190,7 @@ def generate(
             raw=raw,
             system=system,
             batch=batch or 1,
-            on_text=(lambda _, text: print(text, end="", flush=True)) if streams and not stop else None,
+            on_text=(lambda _, text: print(text, end="", flush=True)) if streams else None,
         )
         for made in texts:
             if swarm:
@@ -200,7 +200,7 @@ def generate(
             elif as_json:
                 print(json.dumps(made, ensure_ascii=False, indent=1))
             else:
-                print(made["text"] if stop else "")
+                print()
                 print(_describe(made), file=sys.stderr)
 
 

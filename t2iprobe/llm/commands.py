@@ -16,7 +16,7 @@ from torch import nn
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.drafts import Draft, LookupDraft, ModelDraft
-from t2iprobe.llm.engine.generation import TREES, Generated, Trees, generate
+from t2iprobe.llm.engine.generation import TREES, Generated, Trees, check_texts, generate
 from t2iprobe.llm.engine.processing import Sampling
 from t2iprobe.llm.engine.sizing import (
     BUDGETS,
@@ -39,6 +39,7 @@ from t2iprobe.llm.models import (
     load_tokenizer,
     load_without_layers,
 )
+from t2iprobe.llm.parts import Parts
 from t2iprobe.storage import write_atomically
 
 __all__ = [
@@ -120,7 +121,9 @@ class Engine:
     def eos_token_ids(self) -> set[int]:
         """The tokens that end a text."""
         config = getattr(self.target.model, "generation_config", None)
-        found = getattr(config, "eos_token_id", None) or self.tokenizer.eos_token_id
+        found = getattr(config, "eos_token_id", None)
+        if found is None:  # 0 is a token
+            found = self.tokenizer.eos_token_id
         return set(found if isinstance(found, list) else [] if found is None else [found])
 
 
@@ -146,8 +149,11 @@ def load_engine(
         device: where.
         prefetch: read ahead.
 
-    Raises UserError for a model or a draft that cannot be had, and a budget smaller than one layer.
+    Raises UserError for a model or a draft that cannot be had, a budget smaller than one layer, and a link
+    that nothing crosses.
     """
+    if link is not None and memory is None:
+        raise UserError("without a memory budget nothing is read through the link: give --memory, too")
     files = find_language_model(model)
     tokenizer = load_tokenizer(files)
     if memory is None:
@@ -347,22 +353,24 @@ def write_texts(
     batch: int = 1,
     on_text: Callable[[int, str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `llm generate --json` prints for each prompt, in order."""
+    """Yield what `llm generate --json` prints for each prompt, in order; `on_text` gets the text as it grows.
+
+    Raises UserError, before anything is written, for a prompt that cannot be continued.
+    """
     prompts = [encode_prompt(engine, row, raw, system) for row in rows]
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            check_texts(engine.target, engine.draft, [prompt], max_new_tokens)
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}" if len(rows) > 1 else str(error)) from None
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         read = engine.store.counters.bytes_read if engine.store else 0
-        told = ["" for _ in part]
-        seen: list[list[int]] = [[] for _ in part]
+        parts = [Parts(engine.tokenizer, stop) for _ in part]
 
-        def show(
-            row: int, tokens: list[int], start: int = start, told: list[str] = told, seen: Any = seen
-        ) -> None:
-            seen[row] += tokens
-            text = engine.tokenizer.decode(seen[row], skip_special_tokens=True)
-            if on_text is not None and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                on_text(start + row, text[len(told[row]) :])
-                told[row] = text
+        def show(row: int, tokens: list[int], start: int = start, parts: list[Parts] = parts) -> None:
+            if on_text is not None and (text := parts[row].extend(tokens)):
+                on_text(start + row, text)
 
         found = generate(
             engine.target, engine.draft, part, sampling=sampling, trees=trees, max_new_tokens=max_new_tokens,
@@ -370,7 +378,10 @@ def write_texts(
             on_tokens=show if on_text else None,
         )  # fmt: skip
         bytes_read = (engine.store.counters.bytes_read if engine.store else 0) - read
-        for row, made in zip(rows[start:], found, strict=False):
+        for number, made in enumerate(found):
+            if on_text is not None and (rest := parts[number].cut(made.text or "")):
+                on_text(start + number, rest)
+            row = rows[start + number]
             yield describe_generated(engine, made, bytes_read) | {
                 key: value for key, value in row.items() if key not in _MADE
             }
@@ -471,6 +482,7 @@ def known_acceptance(draft: str) -> list[float] | None:
 
 def choose_trees(engine: Engine, growth: str, budget: int | None, depth: int, verifier: str) -> Trees:
     """Return how trees grow; without a budget, of the size that is measured to be the best."""
+    Trees(growth, budget or 0, depth, verifier)  # what is wrong is told before anything is measured
     acceptance = known_acceptance(engine.draft_name)
     if engine.draft is None or growth == "none":
         return Trees("none")

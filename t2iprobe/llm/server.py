@@ -37,7 +37,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import Engine, encode_prompt
 from t2iprobe.llm.engine.generation import Generated, Trees, generate
 from t2iprobe.llm.engine.processing import Sampling
-from t2iprobe.llm.models import Tokenizer
+from t2iprobe.llm.parts import Parts
 
 try:
     import uvicorn
@@ -270,41 +270,6 @@ class _Job:
         return "".join([part async for part in self.texts()])
 
 
-class _Parts:
-    """Cuts a growing text into parts that later tokens cannot change."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._tokens: list[int] = []
-        self._told = 0
-
-    def extend(self, tokens: Sequence[int]) -> str:
-        """Return the part that has become sure with these tokens."""
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return self.cut(text[: _sure_length(text, self._stop)])
-
-    def cut(self, text: str) -> str:
-        """Return what was not told of a text that begins with what was."""
-        part = text[self._told :]
-        self._told += len(part)
-        return part
-
-
-def _sure_length(text: str, stop: Sequence[str]) -> int:
-    """Return how much of a growing text stays: not half a character, nor what may become a stop string."""
-    if found := [place for each in stop if (place := text.find(each)) >= 0]:
-        return min(found)
-    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    begun = (
-        size
-        for each in stop
-        for size in range(min(len(each) - 1, len(text)), 0, -1)
-        if text.endswith(each[:size])
-    )
-    return len(text) - max(begun, default=0)
-
-
 class Writer:
     """Writes with an engine, one text at a time, in the order in which they are asked for."""
 
@@ -355,7 +320,7 @@ class Writer:
         job.tell(outcome)
 
     def _generate(self, job: _Job) -> Generated:
-        order, parts = job.order, _Parts(self.engine.tokenizer, job.order.stop)
+        order, parts = job.order, Parts(self.engine.tokenizer, job.order.stop)
 
         def tell(_: int, tokens: list[int]) -> None:
             job.check()
@@ -363,22 +328,18 @@ class Writer:
                 job.tell(part)
 
         job.check()
-        try:
-            (made,) = generate(
-                self.engine.target,
-                self.engine.draft,
-                [order.prompt],
-                sampling=order.sampling,
-                trees=self.trees,
-                max_new_tokens=order.most,
-                eos_token_ids=self.engine.eos_token_ids,
-                stop=order.stop,
-                tokenizer=self.engine.tokenizer,
-                on_tokens=tell,
-            )
-        finally:
-            if self.engine.draft is not None:
-                self.engine.draft.begin([order.prompt[:1]])  # forgets the text, and gives its cache back
+        (made,) = generate(
+            self.engine.target,
+            self.engine.draft,
+            [order.prompt],
+            sampling=order.sampling,
+            trees=self.trees,
+            max_new_tokens=order.most,
+            eos_token_ids=self.engine.eos_token_ids,
+            stop=order.stop,
+            tokenizer=self.engine.tokenizer,
+            on_tokens=tell,
+        )
         if part := parts.cut(made.text or ""):
             job.tell(part)
         return made

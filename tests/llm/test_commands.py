@@ -108,7 +108,10 @@ def test_generate_prints_one_object(target: Path) -> None:
     assert made["tokens_per_pass"] == len(made["token_ids"]) / made["target_passes"]
     assert made["resident_peak_bytes"] == sum(p.nbytes for p in make_toy(layers=6).parameters())
     streamed = CliRunner().invoke(app, words)
-    assert streamed.stdout.strip() == made["text"]
+    assert streamed.stdout == made["text"] + "\n"
+    stop = made["text"][3:5]
+    stopped = CliRunner().invoke(app, [*words, "--stop", stop])
+    assert stopped.stdout == made["text"][: made["text"].index(stop)] + "\n"
     assert f"{len(made['token_ids'])} tokens in" in streamed.stderr
 
 
@@ -126,6 +129,43 @@ def test_a_file_of_prompts_gives_a_line_for_each(target: Path, tmp_path: Path) -
     first, second = map(json.loads, result.stdout.splitlines())
     assert first["token_ids"] == second["token_ids"]
     assert (first["id"], second["messages"]) == (7, rows[1]["messages"])
+
+
+def test_a_prompt_that_is_too_long_is_told_before_any_is_written(target: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": text}) for text in ("tea", "a" * 300, "tea")))
+    words = ["llm", "generate", "--prompts", str(file), "--model", str(target), "--draft", "none"]
+    result = CliRunner().invoke(app, [*words, "--device", "cpu"])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith("prompt 2: the prompt has 302 tokens")
+    assert result.stdout == ""
+
+
+def test_the_text_arrives_in_parts_and_whole(target: Path) -> None:
+    """Also where its last character is cut: a prompt's text is what its parts are."""
+    with load_engine(str(target), "lookup", dtype="float64") as engine:
+        decode = engine.tokenizer.decode
+        half = "\N{REPLACEMENT CHARACTER}"  # of a character
+        engine.tokenizer.decode = lambda tokens, **how: decode(tokens, **how) + half
+        told: dict[int, list[str]] = {0: [], 1: []}
+        rows = [{"prompt": "tea"}, {"prompt": "a heron"}]
+        found = list(
+            write_texts(
+                engine, rows, trees=Trees("best-first", 4), max_new_tokens=12, batch=2,
+                on_text=lambda row, text: told[row].append(text),
+            )
+        )  # fmt: skip
+    for row, made in enumerate(found):
+        assert "".join(told[row]) == made["text"]
+        assert len(told[row]) > 2
+
+
+def test_token_0_may_end_a_text(target: Path) -> None:
+    with load_engine(str(target), "none") as engine:
+        assert engine.eos_token_ids == {1}
+        for own, expected in ((0, {0}), ([0, 5], {0, 5}), (None, {engine.tokenizer.eos_token_id})):
+            engine.target.model.generation_config.eos_token_id = own
+            assert engine.eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -183,6 +223,7 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         ({"draft": str(foreign)}, "another vocabulary"),
         ({"draft": "student"}, "drafts only for SmolLM2"),
         ({"draft": "none", "memory": 10_000}, "memory budget of 10000 bytes is too small"),
+        ({"draft": "none", "link": 10_000}, "nothing is read through the link"),
     ):
         if (
             arguments["draft"] == "student"
@@ -191,6 +232,10 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
             continue
         with pytest.raises(UserError, match=match):
             load_engine(str(target), **arguments)  # type: ignore[arg-type]
+    with load_engine(str(target), "none") as engine:
+        for growth, budget, match in (("bush", None, "no tree 'bush'"), ("chain", -3, "budget and depth")):
+            with pytest.raises(UserError, match=match):
+                choose_trees(engine, growth, budget, 6, "auto")
     with pytest.raises(UserError, match="write it as 300MB"):
         parse_bytes("much")
     for content, match in (

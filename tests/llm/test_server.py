@@ -233,7 +233,7 @@ class TestStreams:
         assert found.finish_reason == "stop"
 
     def test_no_part_is_taken_back(self):
-        from t2iprobe.llm.server import _Parts
+        from t2iprobe.llm.parts import Parts
 
         class Bytes:
             def decode(self, tokens, skip_special_tokens):
@@ -243,7 +243,7 @@ class TestStreams:
         for _ in range(2000):
             stop = ["".join(draws.choices("abé", k=draws.randint(1, 4))) for _ in range(draws.randint(0, 2))]
             tokens = draws.choices([*b"ab", *"é".encode()], k=20)
-            parts, told = _Parts(Bytes(), stop), ""
+            parts, told = Parts(Bytes(), stop), ""
             for end in range(1, len(tokens) + 1):
                 told += parts.extend(tokens[end - 1 : end])
                 text = bytes(tokens[:end]).decode(errors="replace")
