@@ -190,3 +190,101 @@ def _describe_rules(found: dict[str, Any]) -> str:
             value = "none" if example["value"] is None else f"{example['value']:.4g}"
             lines.append(f"{'':19}{value:>8}  {' '.join(example['text'].split())[:70]}")
     return "\n".join(lines)
+
+
+@corpus.command()
+def ablate(
+    documents: Annotated[
+        Path | None, typer.Argument(metavar="[IN]", help="Texts to filter; a tenth is kept to judge by.")
+    ] = None,
+    recipes: Annotated[str, typer.Option(help="By commas; none keeps everything.")] = "none,gopher",
+    target: Annotated[
+        list[Path] | None, typer.Option(help="A file of corpus train, for recipes that need it; repeat it.")
+    ] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a mix; repeat it.")] = None,
+    mix: Annotated[
+        list[str] | None, typer.Option(help="NAME:WEIGHT by commas, such as en:1,es-mt:1; repeat it.")
+    ] = None,
+    judge: Annotated[Path | None, typer.Option(help="Texts to judge by, such as human ones.")] = None,
+    language: Annotated[str, typer.Option(help="Of the signals.")] = "en",
+    hidden: Annotated[int, typer.Option(help="Size of the Llama, a multiple of 32.")] = 128,
+    layers: Annotated[int, typer.Option(help="Of the Llama.")] = 4,
+    tokens: Annotated[int, typer.Option(help="That each model trains on.")] = 1_000_000,
+    seeds: Annotated[int, typer.Option(help="Models of each kind.")] = 3,
+    field: Field = "text",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; the same command continues.")] = Path(
+        "ablation"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train small Llamas on what each recipe keeps, and compare them on the same held-out texts."""
+    from t2iprobe.llm.corpus.ablation import Training, tabulate
+    from t2iprobe.llm.corpus.arms import Plan, run_plan
+
+    training = Training(hidden, layers, tokens)
+    plan = Plan(documents, recipes.split(","), target or [], texts or [], mix or [], judge, language, field)
+    if dry_run:
+        arms = plan.names
+        found: dict[str, Any] = {"arms": arms, "seeds": seeds, "steps": training.steps, "tokens": tokens}
+        print_found(
+            found, as_json, f"{len(arms)} × {seeds} models of {training.steps} steps: {', '.join(arms)}"
+        )
+        return
+    found = _stream("steps", lambda show: run_plan(plan, out, training, seeds, show))
+    warning = f"\n{found['warning']}" if found["warning"] else ""
+    print_found(found, as_json, f"{tabulate(found)}{warning}")
+
+
+def translate(
+    documents: Documents,
+    out: Output,
+    to: Annotated[str, typer.Option(help="Languages by commas: fr, de, es.")],
+    backend: Annotated[
+        str, typer.Option(help="apertium, engine, seq2seq (with --model) or dictionary (templates only).")
+    ] = "dictionary",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of engine or seq2seq: a folder or hub id; {to} stands for the language."),
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Which field holds the text; text, or prompt where there is none.")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option(help="Sources of words by commas: omw, emoji, apertium, freedict.")
+    ] = None,
+    round_trip: Annotated[
+        bool, typer.Option("--round-trip", help="Translate back, too, and compare by chrF.")
+    ] = False,
+    least_chrf: Annotated[float, typer.Option(help="Of the way back, for a row to be ok.")] = 20.0,
+    memory: Annotated[str | None, typer.Option(help="Bytes for the engine's weights, such as 300MB.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Translate prompts or texts from English: a row out for each row and language, concepts protected."""
+    from t2iprobe.devices import resolve_device
+    from t2iprobe.llm.corpus.documents import Source
+    from t2iprobe.llm.translation import Translation, detect_field, translate_file
+    from t2iprobe.llm.translators import check_backend, make_translator
+
+    languages = [language.strip() for language in to.split(",")]
+    budget = None
+    if memory is not None:
+        from t2iprobe.llm.commands import parse_bytes
+
+        budget = parse_bytes(memory)
+    translator = make_translator(backend, model, resolve_device(device), budget)
+    check_backend(translator, languages)
+    source = Source.open(documents, field or detect_field(documents))
+    sources = None if words is None else [word.strip() for word in words.split(",")]
+    stage = Translation(translator, languages, source.field, sources, round_trip, least_chrf)
+    found = _stream("bytes", lambda show: translate_file(source, out, stage, show))
+    lines = [f"{found['rows']} rows{_aside(found)} → {out}"]
+    for language in languages:
+        made, ok, concepts, there = (
+            found.get(f"{language}: {name}", 0)
+            for name in ("translated", "ok", "with a word", "concept there")
+        )
+        share = f", {there} have the word for their concept, of {concepts} that are known" if concepts else ""
+        lines.append(f"{language}: {made} translated, {ok} pass the checks{share}")
+    print_found(found, as_json, "\n".join(lines))

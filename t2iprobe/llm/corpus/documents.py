@@ -57,13 +57,15 @@ class Source:
     """A file of texts.
 
     form: jsonl, txt or parquet, by default from the name. field: which one holds the text. longest: bytes
-    of a line; a longer one is set aside, never held in memory.
+    of a line; a longer one is set aside, never held in memory. chunk_lines: fewer than CHUNK_LINES, for slow
+    work.
     """
 
     path: Path
     form: str
     field: str = "text"
     longest: int = LONGEST_LINE
+    chunk_lines: int | None = None
 
     @classmethod
     def open(cls, path: Path, field: str = "text", longest: int = LONGEST_LINE) -> "Source":
@@ -102,7 +104,7 @@ class Source:
             lines.append(line)
             size += len(line)
             byte = after
-            if len(lines) >= CHUNK_LINES or size >= CHUNK_BYTES:
+            if len(lines) >= (self.chunk_lines or CHUNK_LINES) or size >= CHUNK_BYTES:
                 yield Chunk(first, lines, Position(number + 1, byte))
                 first, lines, size = number + 1, [], 0
         if lines:
