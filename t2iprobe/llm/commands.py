@@ -25,8 +25,11 @@ from t2iprobe.llm.engine.sizing import (
     PassTimes,
     measure_passes,
 )
+from t2iprobe.llm.memory.ledger import Ledger
 from t2iprobe.llm.memory.packing import Packed, pack_layers, read_rest, view_tensors
-from t2iprobe.llm.memory.sources import Capped, DiskSource, QuantizedSource, Source, empty_buffer
+from t2iprobe.llm.memory.placement import Placement, Shares
+from t2iprobe.llm.memory.schedule import open_source, open_store
+from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource, empty_buffer
 from t2iprobe.llm.memory.store import WeightStore, choose_resident
 from t2iprobe.llm.models import (
     DEFAULT_MODEL,
@@ -79,6 +82,8 @@ class Engine:
     draft_name: str = "none"
     memory: int | None = None
     packed: Packed | None = None
+    placement: Placement | None = None
+    link: float | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     _stores: list[WeightStore] = field(default_factory=list)
     _copy: QuantizedSource | None = None
@@ -136,6 +141,7 @@ def load_engine(
     dtype: str = "auto",
     device: str = "cpu",
     prefetch: bool = True,
+    placement: Placement | None = None,
 ) -> Engine:
     """Load a target and its draft.
 
@@ -148,15 +154,17 @@ def load_engine(
         dtype: of the computation.
         device: where.
         prefetch: read ahead.
+        placement: where the target's layers lie, and in how many bits; without, as many stay as `memory`
+            holds. Its block's shape, cache and hidden states are for blocks of prompts only.
 
     Raises UserError for a model or a draft that cannot be had, a budget smaller than one layer, and a link
     that nothing crosses.
     """
-    if link is not None and memory is None:
+    if link is not None and memory is None and placement is None:
         raise UserError("without a memory budget nothing is read through the link: give --memory, too")
     files = find_language_model(model)
     tokenizer = load_tokenizer(files)
-    if memory is None:
+    if memory is None and placement is None:
         engine = Engine(files, tokenizer, Decoder(load_language_model(files, dtype=dtype, device=device)))
     else:
         packed = pack_model(files, dtype, device)
@@ -165,26 +173,30 @@ def load_engine(
     try:
         name = draft or ("student" if model == DEFAULT_MODEL else "lookup")
         engine.draft_name, engine.draft = name, make_draft(name, engine)
-        if memory is not None:
-            _stream_layers(engine, memory, link, prefetch)
+        if engine.packed is not None:
+            _stream_layers(engine, placement, link, prefetch)
     except BaseException:
         engine.close()
         raise
     return engine
 
 
-def _stream_layers(engine: Engine, memory: int, link: float | None, prefetch: bool) -> None:
-    """Let as many of the target's layers stay as `memory` holds beside all else, and read the others."""
+def _stream_layers(engine: Engine, placement: Placement | None, link: float | None, prefetch: bool) -> None:
+    """Open the target's layers where a placement has them; without, as many stay as memory holds."""
     assert engine.packed is not None
-    source: Source = DiskSource(engine.packed)
-    if link is not None:
-        source = Capped(source, link)
-    sizes = [source.nbytes(layer) for layer in range(source.layers)]
-    placement = choose_resident(sizes, memory, engine.resident_bytes())
-    device = engine.target.device
-    engine.store = engine.hold(
-        WeightStore(source, placement.resident, max(1, placement.buffers), device, prefetch)
-    )
+    fixed, buffers = engine.resident_bytes(), 2
+    if placement is None:
+        assert engine.memory is not None
+        sizes = [file.nbytes for file in engine.packed.layers]
+        fit = choose_resident(sizes, engine.memory, fixed, buffers)
+        share, buffers = sum(sizes[layer] for layer in fit.resident) / sum(sizes), fit.buffers
+        here = Shares(1, 0, 0)
+        placement = Placement(1, 1, Shares(share, 0, 1 - share), here, here)
+    ledger = Ledger({"device": engine.memory})
+    ledger.take("device", "embedding, head and draft", fixed)
+    source = open_source(engine.packed, placement.weight_bits, link)
+    store = open_store(placement, source, engine.target.device, ledger, buffers=buffers, prefetch=prefetch)
+    engine.placement, engine.link, engine.store = placement, link, engine.hold(store)
     engine.target = Decoder(engine.target.model, engine.store)
 
 
@@ -421,6 +433,7 @@ def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, fresh: boo
     key = {
         "model": engine.files.hash,
         "memory": engine.memory,
+        "placement": engine.placement and asdict(engine.placement),
         "draft": engine.draft_name,
         "device": str(engine.target.device),
         "dtype": str(engine.target.dtype),
@@ -431,7 +444,7 @@ def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, fresh: boo
     from hashlib import sha256
 
     file = cache_folder("pass_times", f"{sha256(json.dumps(key).encode()).hexdigest()[:24]}.json")
-    keep = not (engine.store is not None and isinstance(engine.store.source, Capped))
+    keep = engine.link is None
     if keep and not fresh and file.exists():
         try:
             found = json.loads(file.read_text())

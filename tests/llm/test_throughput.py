@@ -127,6 +127,43 @@ def test_too_little_memory_is_refused(target: Path, prompts: Path, tmp_path: Pat
             Block(*values)
 
 
+@pytest.mark.parametrize(
+    "weights", [Shares(0, 0, 1), Shares(0.5, 0, 0.5), Shares(0.25, 0.25, 0.5), Shares(1, 0, 0)]
+)
+def test_one_placement_drives_blocks_and_a_speculative_target(
+    target: Path, prompts: Path, tmp_path: Path, weights: Shares
+) -> None:
+    placement = Placement(2, 2, weights, HALF, HALF)
+    run(prompts, tmp_path / "out.jsonl", target, block=placement)
+    expected = [line["token_ids"] for line in read(tmp_path / "out.jsonl")][:6]
+    layer = sum(parameter.nbytes for parameter in make_toy(layers=1).model.layers.parameters())
+    with load_engine(str(target), "early-exit:2", dtype="float64", placement=placement) as engine:
+        assert engine.placement is placement
+        assert engine.store is not None
+        assert len(engine.store.resident) == int(4 * weights.device)
+        made = write_texts(
+            engine, read(prompts)[:6], trees=Trees("best-first", 6), max_new_tokens=NEW, batch=2
+        )
+        assert [each["token_ids"] for each in made] == expected
+        assert engine.store.counters.bytes_used == engine.store.counters.passes * 4 * weights.disk * layer
+    with pytest.raises(UserError, match="layers that stay needs"):
+        load_engine(str(target), "none", dtype="float64", memory=30_000, placement=PLACEMENT)
+    with load_engine(str(target), "none", dtype="float64", memory=230_000) as chosen:
+        assert chosen.placement is not None
+        assert 0 < chosen.placement.weights.device < 1
+        assert len(chosen.store.resident) == round(4 * chosen.placement.weights.device)  # type: ignore[union-attr]
+
+
+def test_in_few_bits_the_target_is_that_of_the_blocks(target: Path, prompts: Path, tmp_path: Path) -> None:
+    placement = Placement(2, 2, HALF, Shares(1, 0, 0), Shares(1, 0, 0), weight_bits=4)
+    run(prompts, tmp_path / "out.jsonl", target, block=placement)
+    with load_engine(str(target), "lookup", dtype="float64", placement=placement) as engine:
+        made = write_texts(engine, read(prompts)[:6], trees=Trees("chain", 3), max_new_tokens=NEW)
+        assert [each["token_ids"] for each in made] == [
+            line["token_ids"] for line in read(tmp_path / "out.jsonl")[:6]
+        ]
+
+
 def test_a_run_that_ended_is_continued(target: Path, prompts: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     run(prompts, whole, target)
@@ -229,8 +266,9 @@ def test_killed_and_continued_nothing_is_lost_or_doubled(target: Path, prompts: 
 def test_the_command_says_what_it_lacks(target: Path, prompts: Path, tmp_path: Path) -> None:
     words = ["llm", "generate", "--prompts", str(prompts), "--model", str(target)]
     out = ["--out", str(tmp_path / "out.jsonl")]
+    alone = CliRunner().invoke(app, ["llm", "generate", "a heron", "--throughput", *out])
+    assert "give --prompts FILE" in str(alone.exception)
     for more, match in (
-        (["--throughput"], "give --prompts FILE and --out FILE"),
         (["--throughput", *out, "--draft", "lookup"], "without a draft"),
         (["--throughput", *out, "--bits", "3"], "in 4 bits, not in 3"),
         (["--throughput", *out, "--block", "0"], "a block has 1 or more"),
@@ -257,9 +295,16 @@ def test_the_command_plans_and_writes(target: Path, prompts: Path, tmp_path: Pat
     assert [line["token_ids"] for line in read(out)] == [
         made["token_ids"] for made in write_plainly(target, prompts)
     ]
+    told = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "told.jsonl")]).stdout
+    for name, shares in found["placement"]["realised"].items():
+        (line,) = (line for line in told.splitlines() if line.strip().startswith(name))
+        assert line.split()[1:4] == [f"{shares[tier]:.1%}" for tier in ("device", "ram", "disk")]
     again = CliRunner().invoke(app, words)
     assert again.stdout.strip() == f"{out} was done before: 40 texts"
     other = ["--memory", "1kB", "--out", str(tmp_path / "other.jsonl")]
+    beside = CliRunner().invoke(app, [word for word in words if word not in ("--out", str(out))])
+    assert f"→ {prompts.with_suffix('.texts.jsonl')}" in beside.stdout
+    assert read(prompts.with_suffix(".texts.jsonl")) == read(out)
     smaller = CliRunner().invoke(app, [*words, *other])
     assert "embedding, last norm and head needs" in str(smaller.exception)
 

@@ -12,7 +12,7 @@ writes keys, values and hidden states.
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,27 +44,39 @@ WINDOW = 32
 BUFFERS = 2
 
 
-def open_source(packed: Packed, bits: int | None = None, link: float | None = None) -> Source:
+def open_source(
+    packed: Packed, bits: int | None = None, link: float | None = None, layers: slice = slice(None)
+) -> Source:
     """Return a packed model's layers on the disk: as they are, or in `bits` bits, packed so first.
 
-    `link` is the bytes a second of a simulated link to them.
+    `link` is the bytes a second of a simulated link to them; `layers`, which of them.
     """
     stored_as = packed
     if bits is not None:
         stored_as = pack_quantized(packed, packed.folder.with_name(f"{packed.folder.name}-{bits}bit"), bits)
-    stored: Source = DiskSource(stored_as)
+    stored: Source = DiskSource(replace(stored_as, layers=stored_as.layers[layers]))
     if link is not None:
         stored = Capped(stored, link)
-    return stored if bits is None else DequantizedSource(stored, packed, bits)
+    if bits is None:
+        return stored
+    return DequantizedSource(stored, replace(packed, layers=packed.layers[layers]), bits)
 
 
 def open_store(
-    placement: Placement, source: Source, device: torch.device | str = "cpu", ledger: Ledger | None = None
+    placement: Placement,
+    source: Source,
+    device: torch.device | str = "cpu",
+    ledger: Ledger | None = None,
+    *,
+    buffers: int = BUFFERS,
+    prefetch: bool = True,
 ) -> WeightStore:
     """Open layers where a placement has them; what that takes is taken from the `ledger` first.
 
     Layers in RAM, and those in few bits that stay, are read once and held. The store's traffic is what comes
-    from the disk. Raises UserError for a budget that is too small.
+    from the disk, through `buffers` buffers, ahead of its use unless ``prefetch=False``. Whoever runs a model
+    has a placement's weights from here: blocks of prompts, a speculative target, a server of some layers.
+    Raises UserError for a budget that is too small.
     """
     ledger, device = ledger or Ledger(), torch.device(device)
     realised = realise_weights(placement, source)
@@ -82,9 +94,9 @@ def open_store(
         source = HeldSource(source, realised.in_ram)
     ledger.take("device", "layers that stay", sum(padded(source.nbytes(layer)) for layer in resident))
     streamed = [source.nbytes(layer) for layer in range(source.layers) if layer not in resident]
-    buffers = min(BUFFERS, len(streamed))
-    ledger.take("device", "layers on their way", buffers * padded(max(streamed, default=0)))
-    return WeightStore(source, resident, max(1, buffers), device)
+    ring = min(buffers, len(streamed))
+    ledger.take("device", "layers on their way", ring * padded(max(streamed, default=0)))
+    return WeightStore(source, resident, max(1, ring), device, prefetch)
 
 
 def realise_weights(placement: Placement, source: Source) -> Realised:

@@ -21,7 +21,7 @@ from t2iprobe.llm.memory.sources import Source, empty_buffer, padded
 
 
 @dataclass(frozen=True)
-class Placement:
+class Residency:
     """Which layers stay, through how many buffers the others pass, and the bytes of all that."""
 
     resident: tuple[int, ...]
@@ -31,7 +31,7 @@ class Placement:
 
 def choose_resident(
     layer_bytes: Sequence[int], budget_bytes: int, fixed_bytes: int, buffers: int = 2
-) -> Placement:
+) -> Residency:
     """Let as many layers stay as `budget_bytes` hold beside `fixed_bytes` (all else that stays) and the ring.
 
     Where nothing fits but a smaller ring, it is smaller. Where all layers fit, there is none. `nbytes` counts
@@ -45,7 +45,7 @@ def choose_resident(
             ring_bytes = min(ring, len(streamed)) * max(map(padded, streamed), default=0)
             nbytes = fixed_bytes + sum(padded(layer_bytes[layer]) for layer in resident) + ring_bytes
             if nbytes <= budget_bytes:
-                return Placement(resident, min(ring, len(streamed)), nbytes)
+                return Residency(resident, min(ring, len(streamed)), nbytes)
     least = fixed_bytes + padded(max(layer_bytes))
     raise UserError(
         f"the memory budget of {budget_bytes} bytes is too small: embedding, head and draft take "
