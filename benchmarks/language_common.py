@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +26,7 @@ from t2iprobe.llm.engine.drafts import Draft, LookupDraft, ModelDraft, Request
 from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.sizing import WIDTH
 from t2iprobe.llm.engine.tree import make_tree
-from t2iprobe.llm.models import find_language_model
+from t2iprobe.llm.models import find_language_model, load_tokenizer
 from t2iprobe.storage import hash_files, write_atomically
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -131,7 +136,10 @@ def write_texts_plainly(
 
 
 def decode(model: Any, prompt: Tensor, most: int, eos: Sequence[int], **more: Any) -> Any:
-    """Return what Transformers' greedy `generate` makes of a prompt, int64 [T]. Without `eos`, it goes on."""
+    """Return what Transformers' greedy `generate` makes of prompts, int64 [T] or [B, T].
+
+    Without `eos`, it goes on.
+    """
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
@@ -144,9 +152,10 @@ def decode(model: Any, prompt: Tensor, most: int, eos: Sequence[int], **more: An
     )
     own = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = None  # it would stand in for a missing one
-    ids = prompt[None].to(model.get_input_embeddings().weight.device)
+    prompts = prompt if prompt.ndim > 1 else prompt[None]
+    ids = prompts.to(model.get_input_embeddings().weight.device)
     if ids.device.type == "meta":  # the weights are elsewhere
-        ids = prompt[None]
+        ids = prompts
     try:
         with torch.no_grad():
             return model.generate(
@@ -294,3 +303,54 @@ def show(cell: Mapping[str, Any], form: str = ".2f") -> str:
     if cell["interval"] is None:
         return f"{cell['value']:{form}}"
     return f"{cell['value']:{form}} [{cell['interval'][0]:{form}}, {cell['interval'][1]:{form}}]"
+
+
+# -- the command as a process --------------------------------------------------------------------------
+
+
+def run_command(words: Sequence[str], until: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Run `t2iprobe` with these words in a process of its own, killed by SIGKILL as soon as `until` says so.
+
+    Returns its status, output, error, seconds, the most resident memory that it had, and whether it was
+    killed.
+    """
+    killed, began = False, time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen([sys.executable, "-m", "t2iprobe", *words], stdout=output, stderr=error)
+        try:
+            while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+                if not killed and until():
+                    process.send_signal(signal.SIGKILL)
+                    killed = True
+                time.sleep(0.02)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        output.seek(0)
+        error.seek(0)
+        return {
+            "status": process.returncode,
+            "output": output.read(),
+            "error": error.read(),
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": ended[2].ru_maxrss * 1024,
+            "killed": killed and process.returncode == -signal.SIGKILL,
+        }
+
+
+def save_weightless(model: str, folder: Path) -> Path:
+    """Save a model of the same family and tokenizer, of one tiny layer: a process without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = find_language_model(model)
+    config = AutoConfig.from_pretrained(files.folder)
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for name, value in (tiny | {"num_key_value_heads": 1, "head_dim": 16, "layer_types": None}).items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    loader: Any = AutoModelForCausalLM
+    loader.from_config(config).float().save_pretrained(folder)
+    load_tokenizer(files).save_pretrained(folder)
+    return folder
