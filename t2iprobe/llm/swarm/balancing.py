@@ -44,7 +44,13 @@ def choose_first(throughputs: np.ndarray, length: int) -> int:
     windows = np.lib.stride_tricks.sliding_window_view(throughputs, min(length, len(throughputs)))
     # Other servers' sums leave rounding behind, which must decide nothing.
     ordered = np.sort(np.round(windows, 9), axis=1)
-    return int(np.lexsort(ordered.T[::-1])[0])
+    least = np.arange(len(ordered))
+    for place in range(ordered.shape[1]):
+        column = ordered[least, place]
+        least = least[column == column.min()]
+        if len(least) == 1:
+            break
+    return int(least[0])
 
 
 def decide_move(

@@ -15,7 +15,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.models import find_language_model
 from t2iprobe.llm.swarm.balancing import Placed, block_throughputs, choose_first, decide_move, may_leave
-from t2iprobe.llm.swarm.blocks import load_blocks
+from t2iprobe.llm.swarm.blocks import Blocks, load_blocks
 from t2iprobe.llm.swarm.registry import ModelKey, announce, find_servers
 from t2iprobe.llm.swarm.server import BlockServer, ServerSettings, measure_blocks
 from t2iprobe.llm.swarm.transport import Node
@@ -103,7 +103,7 @@ def join(
         if first is None:
             first = choose_first(block_throughputs(_placed(node, key), count), length)
 
-        def load(begin: int) -> Callable[[], object]:
+        def load(begin: int) -> Callable[[], Blocks]:
             return lambda: load_blocks(
                 files, begin, begin + length, dtype=how.dtype, device=how.device, bits=how.bits,
                 memory=how.memory,
@@ -128,9 +128,9 @@ def join(
             _announce(node, server, how)
 
 
-def _announce(node: Node, server: BlockServer, how: Joining) -> None:
+def _announce(node: Node, server: BlockServer, how: Joining, lives: float = _LIVES) -> None:
     announcement = server.announcement(node.peer_id, node.addresses)
-    announce(node, server.key, announcement, _LIVES * how.period_seconds)
+    announce(node, server.key, announcement, lives * how.period_seconds)
 
 
 def _placed(node: Node, key: ModelKey) -> list[Placed]:
@@ -144,7 +144,7 @@ class _Mover:
     """Looks now and then whether its server does more good elsewhere, and moves it."""
 
     def __init__(
-        self, node: Node, server: BlockServer, how: Joining, load: Callable[[int], Callable[[], object]]
+        self, node: Node, server: BlockServer, how: Joining, load: Callable[[int], Callable[[], Blocks]]
     ) -> None:
         self.node, self.server, self.how, self.load = node, server, how, load
         self.rng = np.random.default_rng()
@@ -167,10 +167,18 @@ class _Mover:
         _announce(self.node, server, self.how)
         if not stop.wait(self.how.period_seconds):  # others that left have told by now
             if may_leave(self._seen(), self.node.peer_id, key.blocks):
-                self.node.run(server.move(self.load(first)))  # type: ignore[arg-type]  # gives Blocks
-                server.block_seconds, server.throughput = measure_blocks(server.blocks)
+                self._move(first)
         server.state = "online"
         _announce(self.node, server, self.how)
+
+    def _move(self, first: int) -> None:
+        """Load other blocks. Meanwhile others count the server where it will be, and do not go there too."""
+        server = self.server
+        server.state, server.planned = "joining", (first, first + server.blocks.last - server.blocks.first)
+        _announce(self.node, server, self.how, lives=10 * _LIVES)  # nobody renews it while blocks are loaded
+        self.node.run(server.move(self.load(first)))
+        server.planned = None
+        server.block_seconds, server.throughput = measure_blocks(server.blocks)
 
     def _seen(self) -> list[Placed]:
         others = [each for each in _placed(self.node, self.server.key) if each.peer != self.node.peer_id]

@@ -25,6 +25,7 @@ __all__ = ["BlockServer", "Refused", "ServerSettings", "measure_blocks"]
 
 # How often a peer that waits for a pass is told that it goes on.
 BUSY_SECONDS = 1.0
+LINGER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class BlockServer:
     waiting: int = 0
     streams: int = 0
     sessions: int = 0
+    planned: tuple[int, int] | None = None  # where it is about to be
 
     def __post_init__(self) -> None:
         self.budget = _Budget(self.settings.cache_bytes)
@@ -100,8 +102,9 @@ class BlockServer:
     def announcement(self, peer: str, addresses: Sequence[str]) -> Announcement:
         """Return what the server says of itself now."""
         blocks = self.blocks
+        first, last = self.planned or (blocks.first, blocks.last)
         return Announcement(
-            peer, tuple(addresses[:4]), blocks.first, blocks.last, self.state, self.block_seconds,
+            peer, tuple(addresses[:4]), first, last, self.state, self.block_seconds,
             self.throughput, self.budget.total, self.budget.left, blocks.slot_bytes, self.waiting,
             self.sessions,
         )  # fmt: skip
@@ -135,13 +138,11 @@ class BlockServer:
                 )
                 await speaker.answer(frame)
         except (Refused, BrokenFrame) as error:
-            with contextlib.suppress(OSError, RuntimeError):
-                await send_frame(writer, Frame(Kind.ERROR, {"error": str(error)[:500]}))
+            await _refuse(reader, writer, str(error))
         except (TimeoutError, asyncio.IncompleteReadError, OSError):
             pass  # the session rests too long, or its peer has gone
         except Exception as error:  # a pass that failed ends one session, not the server
-            with contextlib.suppress(OSError, RuntimeError):
-                await send_frame(writer, Frame(Kind.ERROR, {"error": f"failed: {error!r}"[:500]}))
+            await _refuse(reader, writer, f"failed: {error!r}")
         finally:
             self.streams -= 1
             speaker.end()
@@ -167,6 +168,15 @@ class BlockServer:
             # A pass whose peer has gone still ends before its session's cache is given up.
             await asyncio.wait({task})
             self.waiting -= 1
+
+
+async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reason: str) -> None:
+    """Tell a peer why its stream ends; read on for a moment, since what it still sends would drown that."""
+    with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+        await send_frame(writer, Frame(Kind.ERROR, {"error": reason[:500]}))
+        async with asyncio.timeout(LINGER_SECONDS):
+            while await reader.read(1 << 16):
+                pass
 
 
 class _Speaker:
@@ -320,7 +330,7 @@ class _Speaker:
         self._eight_bits = frame.fields.get("eight_bits") is True
         nbytes = hidden.nbytes * (len(span) + 2)
         blocks = self.server.blocks
-        run = blocks.backward if gradient else blocks.forward
+        run: Callable[..., Tensor] = blocks.backward if gradient else blocks.forward
         self.server.budget.take(nbytes)
         try:
             out = await self.server.compute(

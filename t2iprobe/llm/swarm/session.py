@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from t2iprobe.errors import UserError
-from t2iprobe.llm.engine.cache import RowCache
 from t2iprobe.llm.engine.decoder import CHUNK
 from t2iprobe.llm.swarm.frames import Frame, Kind, encode_frame
+from t2iprobe.llm.swarm.history import History
 from t2iprobe.llm.swarm.registry import Announcement, ModelKey, find_servers
 from t2iprobe.llm.swarm.routing import Hop, MissingBlocks, describe_blocks, find_holes, find_route
 from t2iprobe.llm.swarm.transport import Node, PeerError, Stream
@@ -166,13 +166,15 @@ class Swarm:
             self.ban(error.peer)
         self.counters.failures.append(str(error))
 
-    def insist(self, first: int, last: int, attempt: Callable[[], Any]) -> Any:
+    def insist(self, first: int, last: int, attempt: Callable[[], Any], because: object = "") -> Any:
         """Return what `attempt` does, made again for each PeerError or missing block as long as it may be.
 
-        Raises UserError when attempts or time are over, with the blocks that nobody serves.
+        `because` is what it is needed for. Raises UserError when attempts or time are over, with the blocks
+        that nobody serves.
         """
         settings = self.settings
-        deadline, pause, last_error = time.monotonic() + settings.recover_seconds, 0.0, ""
+        deadline, pause = time.monotonic() + settings.recover_seconds, 0.0
+        last_error = str(because)
         failures = 0
         while True:
             try:
@@ -239,39 +241,6 @@ class _Link:
         self._stream.close()
 
 
-class _History(RowCache):
-    """What went into some blocks: it is kept, cut and grows as the caches on the servers do.
-
-    The inputs of block b are this cache's keys of layer b; a token has one head, and no value.
-    """
-
-    def put(self, block: int, hidden: Tensor) -> None:
-        """Put the inputs [B, n, hidden] of a pass behind the pending ones. `reserve` was called before."""
-        self.update(hidden[:, None], hidden[:, None, :, :0], block)
-
-    def fill(self, block: int, slots: Tensor, hidden: Tensor) -> None:
-        """Write inputs [B, n, hidden] of old rows, whose slots are [B, n]."""
-        if block not in self._layers:
-            shape = (hidden.shape[0], 1, self.capacity)
-            self._layers[block] = [hidden.new_zeros(*shape, hidden.shape[2]), hidden.new_zeros(*shape, 0)]
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-        self._layers[block][0][rows, 0, slots.to(hidden.device)] = hidden
-
-    def rows(self, block: int, slots: Tensor) -> Tensor:
-        """Return the inputs [B, n, hidden] of the rows in slots [B, n]."""
-        stored = self._layers[block][0][:, 0]
-        rows = torch.arange(len(stored), device=stored.device)[:, None]
-        return stored[rows, slots.to(stored.device)]
-
-    def blocks(self) -> list[int]:
-        """Return the blocks whose inputs are kept."""
-        return sorted(self._layers)
-
-    def drop(self, block: int) -> None:
-        """Forget the inputs of a block."""
-        self._layers.pop(block, None)
-
-
 class SwarmCache:
     """The caches of a batch of texts, which lie on the servers; to the engine it is a `RowCache`.
 
@@ -283,7 +252,7 @@ class SwarmCache:
     ) -> None:
         self._swarm, self._batch, self._prefix = swarm, batch, prefix
         self.shift = 0 if prefix is None else len(prefix)
-        self._history = _History(batch, capacity + self.shift, device)
+        self._history = History(batch, capacity + self.shift, device)
         self._links: list[_Link] = []
         self._masks: list[Tensor] = []  # of the passes that are pending
         weakref.finalize(self, _close_all, self._links)
@@ -364,7 +333,7 @@ class SwarmCache:
         if not self._links:
             self._swarm.refresh()
             self._replace(0, blocks)
-        block = 0
+        block, failures = 0, 0
         while block < blocks:
             link = next(each for each in self._links if each.hop.first == block)
             if self._keeps(block, hidden):
@@ -375,6 +344,12 @@ class SwarmCache:
                 block = link.hop.last
                 entered[block] = out
             except PeerError as error:
+                failures += 1
+                if failures > self._swarm.settings.attempts:
+                    self.close()
+                    raise UserError(
+                        f"the swarm fails a pass again and again ({error}): try again later"
+                    ) from None
                 block = self._recover(link, error)
         self._history.advance(hidden.shape[1])
         self._masks.append(mask)
@@ -407,18 +382,18 @@ class SwarmCache:
         first = max(
             block for block in self._history.blocks() if block <= failed.hop.first and block in begins
         )
-        self._replace(first, failed.hop.last)
+        self._replace(first, failed.hop.last, error)
         self._swarm.counters.reroutes += 1
         self._swarm.counters.recovery_seconds += time.perf_counter() - began
         return first
 
-    def _replace(self, first: int, last: int) -> None:
+    def _replace(self, first: int, last: int, because: object = "") -> None:
         """Open sessions for blocks first … last − 1 in place of those that are there; fill their caches."""
         gone = [link for link in self._links if first <= link.hop.first < last]
-        _close_all(gone)
         self._links[:] = [link for link in self._links if link not in gone]
+        _close_all(gone)
         try:
-            made = self._swarm.insist(first, last, lambda: self._open(first, last))
+            made = self._swarm.insist(first, last, lambda: self._open(first, last), because)
         except BaseException:
             self.close()  # a chain with a gap is none
             raise
@@ -445,7 +420,6 @@ class SwarmCache:
         longest = int(lengths.max())
         if not longest and not self._masks:
             return
-        self._swarm.counters.replayed_tokens += int(lengths.sum()) + self._batch * self.pending
         for place, link in enumerate(links):
             further = links[place + 1].hop.first if place + 1 < len(links) else None
             step = max(1, CHUNK // self._batch)
@@ -461,6 +435,7 @@ class SwarmCache:
                 slots = lengths[:, None] + done + torch.arange(count)
                 self._replay_rows(link, slots, mask, further)
                 done += count
+        self._swarm.counters.replayed_tokens += int(lengths.sum()) + self._batch * self.pending
 
     def _replay_rows(self, link: _Link, slots: Tensor, mask: Tensor, further: int | None) -> None:
         history = self._history

@@ -4,13 +4,13 @@ Servers keep nothing between a forward and a backward pass: the client keeps wha
 serves the blocks then. So a server that dies in between costs one more forward pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from t2iprobe.errors import UserError
 from t2iprobe.llm.swarm.blocks import Blocks
 from t2iprobe.llm.swarm.frames import Frame, Kind, encode_frame
 from t2iprobe.llm.swarm.routing import Hop
@@ -54,9 +54,7 @@ def run_blocks(chain: BlockChain, rows: Rows, first: int, last: int) -> Tensor:
 
 class _Remote(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # theirs takes anything
-        ctx: Any, hidden: Tensor, rows: Rows, chain: BlockChain, first: int, last: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: Rows, chain: BlockChain, first: int, last: int) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.rest = rows, chain, first, last
         return chain.forward(rows.of(hidden.detach()), first, last)
@@ -94,6 +92,7 @@ class SwarmChain:
     def __init__(self, swarm: Swarm) -> None:
         self.swarm = swarm
         self._streams: dict[str, Stream] = {}
+        self._failures = 0  # one after another
 
     @property
     def blocks(self) -> int:
@@ -104,55 +103,68 @@ class SwarmChain:
         """Return what leaves block last − 1. Raises UserError where nobody serves blocks for too long."""
         hidden, block = rows.hidden, first
         while block < last:
-            hop, hidden = self._insist(
-                block, last, lambda hop, hidden=hidden: self._send(rows.of(hidden), hop)
-            )
+            hop, hidden = self._send_next(rows.of(hidden), block, last)
             block = hop.last
         return hidden
 
     def backward(self, rows: Rows, gradient: Tensor, first: int, last: int) -> Tensor:
         """Return the gradient at the input of block `first`; the inputs between servers are computed anew."""
         entered, hops, block = [rows.hidden], [], first
-        while block < last:  # the way there, but for the last server's blocks
-            hop = self._insist(block, last, lambda hop: hop)[1]
-            if hop.last < last:
-                hop, out = self._insist(
-                    block, last, lambda hop, inputs=entered[-1]: self._send(rows.of(inputs), hop)
-                )
-                entered.append(out)
+        while block < last:
+            hop = self._next_hop(block, last)
+            if hop.last < last:  # the way there, but for the last server's blocks
+                hop, out = self._send_next(rows.of(entered[-1]), block, last)
+                if hop.last < last:
+                    entered.append(out)
             hops.append(hop)
             block = hop.last
         for hop, inputs in zip(reversed(hops), reversed(entered), strict=True):
             gradient = self._backward_span(rows.of(inputs), gradient, hop)
         return gradient
 
-    def _backward_span(self, rows: Rows, gradient: Tensor, hop: Hop) -> Tensor:
-        """Go back through a hop's blocks: by that server, or by others if it has gone meanwhile."""
-        try:
-            return self._send(rows, hop, gradient)
-        except PeerError as error:
-            self.swarm.failed(error)
-            self._drop(hop.peer)
-            self.swarm.counters.reroutes += 1
-            self.swarm.counters.replayed_tokens += rows.positions.numel()
-        return self.backward(rows, gradient, hop.first, hop.last)
+    def _next_hop(self, first: int, last: int) -> Hop:
+        """Return who is asked for block `first`. Raises UserError where nobody serves it for too long."""
 
-    def _insist(self, first: int, last: int, use: Callable[[Hop], Any]) -> tuple[Hop, Any]:
-        """Return the next hop from block `first` on, and what it gives; another one for each that fails."""
-
-        def attempt() -> tuple[Hop, Any]:
+        def attempt() -> Hop:
             if not self.swarm.servers:
                 self.swarm.refresh()
-            hop = self.swarm.route(first, last, 0)[0]
+            return self.swarm.route(first, last, 0)[0]
+
+        found: Hop = self.swarm.insist(first, last, attempt)
+        return found
+
+    def _send_next(self, rows: Rows, first: int, last: int) -> tuple[Hop, Tensor]:
+        """Send rows forward through a hop from block `first` on; through another one for each that fails."""
+
+        def attempt() -> tuple[Hop, Tensor]:
+            hop = self._next_hop(first, last)
             try:
-                return hop, use(hop)
+                return hop, self._send(rows, hop)
             except PeerError:
                 self._drop(hop.peer)
                 self.swarm.counters.reroutes += 1
                 raise
 
-        found: tuple[Hop, Any] = self.swarm.insist(first, last, attempt)
+        found: tuple[Hop, Tensor] = self.swarm.insist(first, last, attempt)
         return found
+
+    def _backward_span(self, rows: Rows, gradient: Tensor, hop: Hop) -> Tensor:
+        """Go back through a hop's blocks: by that server, or by others if it has gone meanwhile."""
+        try:
+            found = self._send(rows, hop, gradient)
+            self._failures = 0
+            return found
+        except PeerError as error:
+            self.swarm.failed(error)
+            self._failures += 1
+            if self._failures > self.swarm.settings.attempts:
+                raise UserError(
+                    f"the swarm fails a pass again and again ({error}): try again later"
+                ) from None
+            self._drop(hop.peer)
+            self.swarm.counters.reroutes += 1
+            self.swarm.counters.replayed_tokens += rows.positions.numel()
+        return self.backward(rows, gradient, hop.first, hop.last)
 
     def _send(self, rows: Rows, hop: Hop, *gradient: Tensor) -> Tensor:
         swarm, kind = self.swarm, Kind.BACKWARD if gradient else Kind.FORWARD

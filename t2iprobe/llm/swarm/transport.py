@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -74,6 +75,7 @@ class Node:
         self._accept = accept
         self._p2p: Any = None
         self._dht: Any = None
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="swarm node", daemon=True)
         self._thread.start()
@@ -93,20 +95,27 @@ class Node:
         with _quiet_hivemind():
             try:
                 from hivemind.dht.node import DHTNode
-                from hivemind.p2p import P2P
+                from hivemind.p2p import P2P, P2PDaemonError
             except ImportError:
                 raise UserError("a swarm needs hivemind: pip install 't2iprobe[swarm]'") from None
         family = "ip6" if ":" in host else "ip4"
-        self._p2p = await P2P.create(
-            initial_peers=list(peers),
-            host_maddrs=[f"/{family}/{host}/tcp/{port}"],
-            identity_path=None if identity is None else str(identity),
-            check_if_identity_free=False,
-            # Nothing that would look for ways through the network on its own.
-            auto_nat=False,
-            nat_port_map=False,
-            use_relay=False,
-        )
+        for pause in (0.2, 1.0, None):  # where many join at once, a peer may be too busy to answer
+            try:
+                self._p2p = await P2P.create(
+                    initial_peers=list(peers),
+                    host_maddrs=[f"/{family}/{host}/tcp/{port}"],
+                    identity_path=None if identity is None else str(identity),
+                    check_if_identity_free=False,
+                    # Nothing that would look for ways through the network on its own.
+                    auto_nat=False,
+                    nat_port_map=False,
+                    use_relay=False,
+                )
+                break
+            except P2PDaemonError:
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
         if self._accept is not None:
             await self._p2p.add_binary_stream_handler(PROTOCOL, self._answer)
         self._dht = await DHTNode.create(
@@ -169,7 +178,9 @@ class Node:
             _, reader, writer = await self._p2p.call_binary_stream_handler(peer_id, PROTOCOL)
         except Exception as error:
             raise PeerError(peer, "gone", f"cannot be reached ({type(error).__name__})") from error
-        return Stream(self, peer, reader, writer)
+        stream = Stream(self, peer, reader, writer)
+        self._streams.add(stream)
+        return stream
 
     async def _answer(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = str(info.peer_id)
@@ -181,6 +192,8 @@ class Node:
             writer.close()
 
     async def _stop(self) -> None:
+        for stream in self._streams:
+            stream._writer.close()
         if self._dht is not None:
             await self._dht.shutdown()
         if self._p2p is not None:

@@ -182,10 +182,11 @@ def test_adapters_lower_the_loss_too(toy):
     blocks = load_blocks(files, 0, BLOCKS, dtype="float32")
     try:
         examples = [Example(torch.tensor([5 + n, 31, 32, 33, 1]), 1) for n in range(10)]
-        how = Tuning(rows=1, rank=2, borders=[0, 3], epochs=3, batch=8, learning_rate=0.05)
+        how = Tuning(rows=1, rank=2, borders=[0, 3], epochs=12, batch=8, learning_rate=0.02)
         _, adapters, history = tune(make_ends(toy), LocalChain(blocks), examples, how)
         assert adapters is not None
         assert all(up.abs().max() > 0 for up in adapters.up)
+        assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
         assert history[-1]["held_out_loss"] < history[0]["held_out_loss"]
         with pytest.raises(UserError, match="no block 6"):
             tune(make_ends(toy), LocalChain(blocks), examples, Tuning(rank=1, borders=[6]))
