@@ -32,6 +32,11 @@ def plain():
     return write_plainly(make_toy(layers=BLOCKS), PROMPT, COUNT)
 
 
+def slow(value):
+    """A case of a test that takes long, together with the others."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 class Client:
     """A client, and what its target did."""
 
@@ -213,7 +218,7 @@ def watch(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGSTOP)])
 def test_a_server_that_goes_is_replaced_at_any_step(servers, toy, plain, watch, number):
     """At the first, a middle and the last step: three servers lost, one after another."""
     pool = start_pairs(servers, "0:6", "0:3", "3:6", "0:6", "2:6", "0:4")
@@ -307,7 +312,7 @@ def test_a_server_that_joins_late_with_other_borders_saves_the_text(servers, toy
         assert client.counters.replayed_tokens == len(PROMPT) + 5
 
 
-@pytest.mark.parametrize("history_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("history_bytes", [0, slow(1 << 30)])
 def test_inputs_that_are_not_kept_are_computed_again(servers, toy, plain, watch, history_bytes):
     pool = start_pairs(servers, "1:3", "3:6", "2:6")
     settings = Settings(**(QUICK.__dict__ | {"history_bytes": history_bytes}))
@@ -349,7 +354,7 @@ def test_a_tree_that_is_pending_is_read_again_too(servers, toy, watch):
         assert client.counters.reroutes == 1
 
 
-@pytest.mark.parametrize("fault", ["corrupt", "babble", "huge", "half", "slow", "fail"])
+@pytest.mark.parametrize("fault", ["corrupt", *map(slow, ("babble", "huge", "half", "slow", "fail"))])
 def test_what_a_broken_server_sends_is_not_believed(servers, toy, plain, watch, fault):
     bad = servers.start("0:6", fault=fault)
     settings = Settings(**(QUICK.__dict__ | {"step_seconds": 3.0}))
@@ -364,6 +369,7 @@ def test_what_a_broken_server_sends_is_not_believed(servers, toy, plain, watch, 
         assert client.counters.failures
 
 
+@pytest.mark.slow
 def test_blocks_that_nobody_serves_are_named_in_time(servers, toy, watch):
     pool = start_pairs(servers, "1:3", "3:6")
     settings = Settings(**(QUICK.__dict__ | {"recover_seconds": 3.0}))
@@ -379,6 +385,7 @@ def test_blocks_that_nobody_serves_are_named_in_time(servers, toy, watch):
         assert time.monotonic() - began < 25
 
 
+@pytest.mark.slow
 def test_a_full_cache_sends_sessions_elsewhere(servers, toy, plain):
     from t2iprobe.llm.swarm.server import ServerSettings
 
@@ -461,6 +468,7 @@ def test_a_step_said_twice_leaves_no_trace(client, three):
         swarm.node.run(stream.ask([step_frame()], 5, 5))
 
 
+@pytest.mark.slow
 def test_a_half_open_stream_keeps_no_session(servers, toy):
     from t2iprobe.llm.swarm.registry import find_servers
     from t2iprobe.llm.swarm.server import ServerSettings

@@ -93,6 +93,7 @@ def status(address: str):
     return found
 
 
+@pytest.mark.slow
 def test_a_server_that_is_free_moves_to_the_blocks_that_are_left(servers):
     held = {(0, 3): servers.start("0:3")}
     first = held[0, 3]
