@@ -105,6 +105,15 @@ class RowCache(Cache):
             self.lengths[row] += len(chosen)
         self.pending = 0
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the texts of these batch rows only, in this order."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.positions = self.positions[chosen.to(self.positions.device)]
+        for tensors in self._layers.values():
+            for place, tensor in enumerate(tensors):  # one at a time: no more than that is there twice
+                tensors[place] = tensor[chosen.to(tensor.device)]
+
     def crop(self, lengths: Sequence[int]) -> None:  # type: ignore[override]  # theirs knows one length
         """Forget what is pending, and all but the first ``lengths[b]`` committed rows."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):

@@ -46,6 +46,9 @@ class Draft(Protocol):
     def settle(self) -> None:
         """Learn that a round is over: all rows that have one were told what they go on with."""
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with the texts of these rows only, which are numbered anew in this order. After a round."""
+
 
 def histories(text: Tensor, tree: DraftTree, nodes: Tensor) -> list[Tensor]:
     """Return the whole history of each node: `text`, which ends with the root, and the path below it."""
@@ -59,7 +62,7 @@ class ModelDraft:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.vocabulary = decoder.vocabulary
+        self.vocabulary, self.context_length = decoder.vocabulary, decoder.context_length
         self.passes = 0
 
     def begin(self, texts: Sequence[Tensor]) -> None:
@@ -71,9 +74,9 @@ class ModelDraft:
     def expand(self, requests: Sequence[Request], processing: Processing) -> list[Tensor]:
         """Run the nodes asked for in one pass; with a root goes what the model has not read of the text."""
         # The trees of a batch begin together.
-        begins = int(requests[0].nodes[0]) == 0
+        begins, before = int(requests[0].nodes[0]) == 0, self.decoder.passes
         logits = self._read(requests) if begins else self._run(requests)
-        self.passes += 1
+        self.passes += self.decoder.passes - before  # a long text takes several
         found = []
         for request, own in zip(requests, logits, strict=True):
             text = self._texts[request.row]
@@ -119,6 +122,12 @@ class ModelDraft:
         """Forget the rows that no text has kept. Called once all rows of a round have been told."""
         self._cache.keep([list(slots.values()) for slots in self._slots])
         self._slots = [{} for _ in self._texts]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Forget the texts of all other rows."""
+        self._texts = [self._texts[row] for row in rows]
+        self._slots = [{} for _ in rows]
+        self._cache.select(rows)
 
 
 class LookupDraft:
@@ -174,3 +183,8 @@ class LookupDraft:
 
     def settle(self) -> None:
         """Nothing to forget."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Forget the texts of all other rows."""
+        self._texts = [self._texts[row] for row in rows]
+        self._followed = [self._followed[row] for row in rows]

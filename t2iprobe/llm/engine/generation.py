@@ -20,7 +20,7 @@ from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.shapes import TreeShape, optimal_shape
 from t2iprobe.llm.engine.sizing import Acceptance
 from t2iprobe.llm.engine.tree import DraftTree, make_tree
-from t2iprobe.llm.engine.verification import make_draw, verify_match, verify_residual
+from t2iprobe.llm.engine.verification import Verified, make_draw, verify_match, verify_residual
 
 __all__ = ["TREES", "Generated", "Trees", "generate"]
 
@@ -103,7 +103,7 @@ def generate(
     first: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generated]:
-    """Continue prompts, int64 [B, T] or one [T_b] each; the prompts of a batch share every pass.
+    """Continue prompts, int64 [B, T] or one [T_b] each; those of a batch that go on share every pass.
 
     Args:
         target: the model whose text it is.
@@ -118,25 +118,23 @@ def generate(
         first: number of the first prompt among all, as in a file: a prompt's noise comes from its number.
         on_tokens: called with a prompt's row in the batch and its new tokens, after each round.
 
-    Raises UserError for an empty prompt, one that fills the context, a draft of another vocabulary, or a
-    logits processor that cannot be replayed.
+    Raises UserError for an empty prompt, one that fills the context, a draft of another vocabulary, an empty
+    stop string, or a logits processor that cannot be replayed.
     """
     texts = [text.to("cpu", torch.int64) for text in input_ids]
-    if stop and tokenizer is None:
-        raise UserError("stop strings need the tokenizer that they are looked for with")
+    ending = Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
     run = _Run(
         target, draft, texts, sampling or Sampling(), trees or Trees(), max_new_tokens, processors, first
     )
-    ending = Ending(frozenset(eos_token_ids), tuple(stop), tokenizer)
     try:
-        while run.active:
-            for row, tokens in run.round():
-                made, before = run.outcomes[row], len(run.outcomes[row].token_ids)
-                made.stop_reason = ending.extend(made.token_ids, tokens, run.most[row], run.is_short[row])
+        while run.prompts:
+            for prompt, tokens in run.round():
+                made, before = prompt.made, len(prompt.made.token_ids)
+                made.stop_reason = ending.extend(made.token_ids, tokens, prompt.most, prompt.is_short)
                 made.rounds.append(len(made.token_ids) - before)
                 if on_tokens is not None:
-                    on_tokens(row, made.token_ids[before:])
-            run.active = [row for row in run.active if not run.outcomes[row].stop_reason]
+                    on_tokens(prompt.row, made.token_ids[before:])
+            run.drop_ended()
     finally:
         if draft is not None:
             draft.begin(())  # gives its cache back
@@ -147,11 +145,17 @@ def generate(
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a text ends."""
+    """Where a text ends. Raises UserError for an empty stop string, and for one without a tokenizer."""
 
     eos: frozenset[int]
     stop: tuple[str, ...]
     tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if self.stop and self.tokenizer is None:
+            raise UserError("stop strings need the tokenizer that they are looked for with")
+        if not all(self.stop):
+            raise UserError("an empty stop string would end every text at once: leave it out")
 
     def extend(self, made: list[int], tokens: Sequence[int], most: int, is_short: bool) -> str:
         """Append `tokens` to `made` as far as they belong there. Returns why it ends, empty where not."""
@@ -211,8 +215,23 @@ class _Plan:
         return self._shapes[depth]
 
 
+@dataclass
+class _Prompt:
+    """A text that goes on: `row` in the batch as it was given, and what is its own alone."""
+
+    row: int
+    text: Tensor
+    most: int
+    is_short: bool  # of what was asked for: the model's context ends before
+    plan: _Plan  # so that a text does not depend on what shares the batch
+    drawn: torch.Generator  # apart from `verified`, so that another draft does not move what the target draws
+    verified: torch.Generator
+    draw: Callable[[Tensor], int]
+    made: Generated
+
+
 class _Run:
-    """The state of a call: texts, caches, generators, estimates."""
+    """The state of a call. A prompt's place in `prompts` is its row in the caches of target and draft."""
 
     def __init__(
         self,
@@ -227,79 +246,97 @@ class _Run:
     ) -> None:
         self.target, self.draft, self.trees = target, draft, trees
         check_texts(target, draft, texts, max_new_tokens)
-        self.texts = texts
-        self.most = [count_room(target, text, max_new_tokens) for text in texts]
-        self.is_short = [most < max_new_tokens for most in self.most]
-        self.outcomes = [Generated() for _ in texts]
-        self.active = list(range(len(texts)))
         self.processing = Processing(sampling, processors)
         self.is_random = _is_random(trees, sampling, draft)
-        # Apart, so that another draft does not move what the target draws.
-        self.drawn = [make_generator(sampling.seed, first + row, "draft") for row in self.active]
-        self.verified = [make_generator(sampling.seed, first + row, "verify") for row in self.active]
-        self.draws = [make_draw(sampling, generator) for generator in self.verified]
-        # Each prompt's own, so that its text does not depend on what shares the batch.
-        self.plans = [_Plan(trees) for _ in texts]
+        self.prompts: list[_Prompt] = []
+        for row, text in enumerate(texts):
+            most = count_room(target, text, max_new_tokens)
+            drawn, verified = (make_generator(sampling.seed, first + row, use) for use in ("draft", "verify"))
+            draw = make_draw(sampling, verified)
+            plan, made = _Plan(trees), Generated()
+            self.prompts.append(
+                _Prompt(row, text, most, most < max_new_tokens, plan, drawn, verified, draw, made)
+            )
+        self.outcomes = [prompt.made for prompt in self.prompts]
         if texts:
-            capacity = max(map(len, texts)) + min(max(self.most), ROOM) + 64
-            self.cache = target.new_cache(len(texts), capacity)
+            most = max(prompt.most for prompt in self.prompts)
+            self.cache = target.new_cache(len(texts), max(map(len, texts)) + min(most, ROOM) + 64)
             if draft is not None:
                 draft.begin(texts)
 
-    def round(self) -> list[tuple[int, list[int]]]:
-        """Grow, verify, keep. Returns each active row's new tokens."""
+    def round(self) -> list[tuple[_Prompt, list[int]]]:
+        """Grow, verify, keep. Returns each prompt's new tokens."""
         began = time.perf_counter()
         drafted = self.draft.passes if self.draft else 0
         self._catch_up()
-        grown = self._grow()
-        logits = self._run_target(grown)
-        found, kept = [], [torch.arange(0)] * len(self.texts)
-        for row, tree in grown.items():
-            verified = self._verify(row, tree, logits[row])
-            self.plans[row].learn(tree, verified.path)
+        trees = self._grow()
+        waiting = self._waiting()
+        logits = self._run_target(trees, waiting)
+        chain = max(waiting)
+        found: list[tuple[_Prompt, list[int]]] = []
+        kept: list[Tensor] = []
+        for place, (prompt, tree) in enumerate(zip(self.prompts, trees, strict=True)):
+            verified = self._verify(prompt, tree, logits[place])
+            prompt.plan.learn(tree, verified.path)
             tokens = [*tree.tokens[verified.path].tolist(), verified.token]
-            new = len(self.texts[row]) - self.cache.lengths[row] - 1  # what stood before the root
-            start = self._chain - new
-            kept[row] = torch.tensor(
-                [*range(start, self._chain), *(self._chain + node for node in (0, *verified.path))]
-            )
-            self.texts[row] = torch.cat([self.texts[row], torch.tensor(tokens)])
+            read = range(chain - waiting[place], chain)  # what stood before the root
+            kept.append(torch.tensor([*read, *(chain + node for node in (0, *verified.path))]))
+            prompt.text = torch.cat([prompt.text, torch.tensor(tokens)])
             if self.draft is not None:
-                self.draft.accept(row, tree, verified.path, verified.token)
-            found.append((row, tokens))
+                self.draft.accept(place, tree, verified.path, verified.token)
+            found.append((prompt, tokens))
         self.cache.keep(kept)
         if self.draft is not None:
             self.draft.settle()
+            drafted = self.draft.passes - drafted
         elapsed = time.perf_counter() - began
-        for row in grown:
-            made = self.outcomes[row]
-            made.target_passes += 1
-            made.draft_passes += (self.draft.passes if self.draft else 0) - drafted
-            made.seconds += elapsed
+        for prompt in self.prompts:
+            prompt.made.target_passes += 1
+            prompt.made.draft_passes += drafted
+            prompt.made.seconds += elapsed
         return found
+
+    def drop_ended(self) -> None:
+        """Compute no further rows for texts that have ended."""
+        going = [place for place, prompt in enumerate(self.prompts) if not prompt.made.stop_reason]
+        if 0 < len(going) < len(self.prompts):
+            self.cache.select(going)
+            if self.draft is not None:
+                self.draft.select(going)
+        self.prompts = [self.prompts[place] for place in going]
+
+    def _waiting(self) -> list[int]:
+        """Return how many tokens of each text, its last one apart, the target has not read."""
+        lengths = self.cache.lengths
+        return [len(prompt.text) - 1 - length for prompt, length in zip(self.prompts, lengths, strict=True)]
 
     def _catch_up(self) -> None:
         """Read long prompts first; of what is left the first pass with a tree reads all."""
-        waiting = [text[length:-1] for text, length in zip(self.texts, self.cache.lengths, strict=True)]
-        if max(map(len, waiting)) > CHUNK:
-            self.target.prefill(waiting, self.cache)
-            for row in self.active:
-                self.outcomes[row].target_passes += 1
+        waiting = self._waiting()
+        if max(waiting) > CHUNK:
+            before = self.target.passes
+            texts = [
+                prompt.text[len(prompt.text) - 1 - new : -1]
+                for prompt, new in zip(self.prompts, waiting, strict=True)
+            ]
+            self.target.prefill(texts, self.cache)
+            for prompt in self.prompts:
+                prompt.made.target_passes += self.target.passes - before
 
-    def _grow(self) -> dict[int, DraftTree]:
-        growths = {row: self._start(row) for row in self.active}
-        trees = {row: make_tree([int(self.texts[row][-1])], [-1]) for row in self.active}
+    def _grow(self) -> list[DraftTree]:
+        growths = [self._start(prompt) for prompt in self.prompts]
+        trees = [make_tree([int(prompt.text[-1])], [-1]) for prompt in self.prompts]
         asked: dict[int, Request] = {}
-        answers: dict[int, Tensor | None] = {row: None for row, growth in growths.items() if growth}
+        answers: dict[int, Tensor | None] = {place: None for place, growth in enumerate(growths) if growth}
         while answers:
-            for row, answer in answers.items():
-                growth = growths[row]
+            for place, answer in answers.items():
+                growth = growths[place]
                 assert growth is not None
                 try:
-                    asked[row] = Request(row, *growth.send(answer))  # type: ignore[arg-type]  # None begins
+                    asked[place] = Request(place, *growth.send(answer))  # type: ignore[arg-type]  # None begins
                 except StopIteration as end:
-                    trees[row] = end.value
-                    asked.pop(row, None)
+                    trees[place] = end.value
+                    asked.pop(place, None)
             requests = list(asked.values())
             if not requests:
                 break
@@ -312,34 +349,31 @@ class _Run:
             }
         return trees
 
-    def _start(self, row: int) -> Growth | None:
-        """Return the growth of a row's next tree, None for none."""
-        left = self.most[row] - len(self.outcomes[row].token_ids) - 1  # the target adds one token itself
-        plan = self.plans[row]
-        depth = min(plan.depth, left)
-        if self.draft is None or self.trees.growth == "none" or plan.budget == 0 or depth == 0:
+    def _start(self, prompt: _Prompt) -> Growth | None:
+        """Return the growth of a prompt's next tree, None for none."""
+        plan, left = prompt.plan, prompt.most - len(prompt.made.token_ids)
+        most = left - 1  # the target adds one token itself
+        if (limit := getattr(self.draft, "context_length", None)) is not None:
+            most = min(most, limit + 1 - len(prompt.text))  # the last guesses are not read by the draft
+        depth = min(plan.depth, most)
+        if self.draft is None or self.trees.growth == "none" or plan.budget == 0 or depth <= 0:
             return None
-        root = int(self.texts[row][-1])
-        generator = self.drawn[row] if self.is_random else None
+        root = int(prompt.text[-1])
+        generator = prompt.drawn if self.is_random else None
         if self.trees.growth == "best-first":
             return grow_best_first(root, plan.budget, depth=depth)
         if self.trees.growth == "chain":
-            return grow_chain(root, min(plan.budget, left), generator)
+            return grow_chain(root, min(plan.budget, most), generator)
         return grow_shaped(root, plan.shape(depth), generator)
 
-    def _run_target(self, grown: dict[int, DraftTree]) -> Tensor:
+    def _run_target(self, trees: Sequence[DraftTree], waiting: Sequence[int]) -> Tensor:
         """Run what the target has not read of each text, and the trees behind it: logits [B, nodes, V]."""
-        waiting = [
-            len(text) - length - 1 for text, length in zip(self.texts, self.cache.lengths, strict=True)
-        ]
-        self._chain = chain = max(waiting[row] for row in grown)
-        nodes = max(map(len, grown.values()))
-        rows = len(self.texts)
+        chain, nodes, rows = max(waiting), max(map(len, trees)), len(trees)
         tokens = torch.zeros(rows, chain + nodes, dtype=torch.int64)
         positions = torch.zeros(rows, chain + nodes, dtype=torch.int64)
         seen = torch.zeros(rows, chain + nodes, chain + nodes, dtype=torch.bool)
-        for row, tree in grown.items():
-            text, new, size = self.texts[row], waiting[row], len(tree)
+        for row, (prompt, tree, new) in enumerate(zip(self.prompts, trees, waiting, strict=True)):
+            text, size = prompt.text, len(tree)
             real = slice(chain - new, chain)  # padding stands in front of the text and behind the tree
             tokens[row, real] = text[-new - 1 : -1]
             positions[row, real] = torch.arange(len(text) - 1 - new, len(text) - 1)
@@ -350,16 +384,16 @@ class _Run:
             seen[row, chain : chain + size, chain : chain + size] = tree.ancestors()
         return self.target.forward(tokens, positions, seen, self.cache, keep=nodes)
 
-    def _verify(self, row: int, tree: DraftTree, logits: Tensor) -> Any:
+    def _verify(self, prompt: _Prompt, tree: DraftTree, logits: Tensor) -> Verified:
         def log_p(node: int) -> Tensor:
             paths: Sequence[Tensor] = ()
             if self.processing.reads_history:
-                paths = histories(self.texts[row], tree, torch.tensor([node]))
+                paths = histories(prompt.text, tree, torch.tensor([node]))
             return self.processing(logits[node], paths)
 
         if tree.draft_probs is None:
-            return verify_match(tree, log_p, self.draws[row])
-        return verify_residual(tree, log_p, self.verified[row])
+            return verify_match(tree, log_p, prompt.draw)
+        return verify_residual(tree, log_p, prompt.verified)
 
 
 def _is_random(trees: Trees, sampling: Sampling, draft: Draft | None) -> bool:

@@ -380,8 +380,12 @@ class Capped:
         return self._source.layout(layer)
 
     def read(self, layer: int, out: torch.Tensor) -> Iterator[int]:
+        # In pieces of a tenth of a second at most, so that a slow link can be left, too.
+        most = max(1, int(self.link.bytes_per_second / 10))
         began = time.perf_counter()
         for nbytes in self._source.read(layer, out):
-            self.link.wait(nbytes, began)
-            yield nbytes
-            began = time.perf_counter()
+            for offset in range(0, nbytes, most):
+                piece = min(most, nbytes - offset)
+                self.link.wait(piece, began)
+                yield piece
+                began = time.perf_counter()

@@ -138,6 +138,25 @@ def test_a_cut_forgets_the_end_and_what_is_pending():
         cache.crop([3, 3])
 
 
+def test_the_texts_that_go_on_keep_their_rows_and_positions():
+    cache, other = RowCache(3, 4), RowCache(2, 4)
+    for each, rows in ((cache, [0, 1, 2]), (other, [2, 0])):
+        torch.manual_seed(0)
+        new = [torch.randn(2, 3, HEADS, 6, SIZE)[:, rows] for _ in range(LAYERS)]
+        each.reserve(torch.arange(6).expand(len(rows), -1))
+        for layer, (keys, values) in enumerate(new):
+            each.update(keys, values, layer)
+        each.advance(6)
+        each.keep([[[0, 1], [2, 3, 5], [0, 4, 1, 2]][row] for row in rows])
+    cache.select([2, 0])
+    assert cache.lengths == other.lengths == [4, 2]
+    assert cache.nbytes == other.nbytes
+    assert all(map(torch.equal, cache._tensors(), other._tensors()))
+    ((seen, states), *_) = run_pass(cache, torch.tensor([[4], [2]]))
+    assert torch.equal(seen[:, 0, :, 4:], states[:, 0])
+    assert torch.equal(seen[:, 1, :, 2:3], states[:, 1])
+
+
 def test_bytes_are_those_of_all_slots():
     cache = RowCache(2, 8)
     assert cache.nbytes == 0

@@ -99,6 +99,73 @@ def test_a_batch_is_its_prompts_alone_sampled_too() -> None:
         assert write(PROMPTS)[2].token_ids == together[2].token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("name", ["good", "bad", "lookup", "none"])
+def test_ended_texts_take_no_rows_of_later_passes(
+    name: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, eos = make_toy(), [7, 22, 30]
+    prompts = [*PROMPTS, torch.tensor([12, 4]), torch.tensor([20, 21, 22, 23, 24])]
+    sampling = Sampling(temperature=temperature, repetition_penalty=1.2, seed=3)
+    for trees in TREES[:5]:
+
+        def write(decoder: Decoder, prompts: list[torch.Tensor], first: int, trees: Trees = trees) -> Any:
+            draft = make_drafts(target)[name]()
+            return generate(
+                decoder, draft, prompts, sampling=sampling, trees=trees, max_new_tokens=40,
+                eos_token_ids=eos, first=first,
+            )  # fmt: skip
+
+        decoder, rows = Decoder(target), []
+        monkeypatch.setattr(
+            decoder, "forward", lambda *each, rows=rows, own=decoder.forward, **more: (
+                rows.append(len(each[0])) or own(*each, **more)
+            ),
+        )  # fmt: skip
+        together = write(decoder, prompts, 0)
+        alone = [write(Decoder(target), [prompt], number)[0] for number, prompt in enumerate(prompts)]
+        assert [made.token_ids for made in together] == [made.token_ids for made in alone]
+        assert [made.rounds for made in together] == [made.rounds for made in alone]
+        passes = [made.target_passes for made in together]
+        assert len(set(passes)) > 1
+        assert rows == [sum(each > number for each in passes) for number in range(max(passes))]
+
+
+def test_a_draft_of_a_shorter_context_guesses_as_long_as_it_can() -> None:
+    target, limited = make_toy(), make_toy()
+    wanted = write_plainly(target, PROMPTS[0], 60)
+    limited.config.max_position_embeddings = 30
+    for trees in TREES[:4]:
+        draft, drawn = ModelDraft(Decoder(limited)), []
+        (made,) = generate(
+            Decoder(target), draft, PROMPTS[:1], trees=trees, max_new_tokens=60,
+            on_tokens=lambda _, tokens, drawn=drawn, draft=draft: drawn.append((len(tokens), draft.passes)),
+        )  # fmt: skip
+        assert made.token_ids == wanted
+        lengths = [len(PROMPTS[0])]
+        for count, _ in drawn:
+            lengths.append(lengths[-1] + count)
+        asked = [passes for _, passes in drawn]
+        first = next(place for place, length in enumerate(lengths) if length > 30)
+        assert asked[first - 1] == asked[-1]  # nobody asks it any more
+        assert sorted(set(asked[:first])) == asked[:first]
+        assert 31 <= lengths[first] <= 32  # to the very end of its context
+        assert all(count == 1 for count, _ in drawn[first:])
+    (made,) = generate(Decoder(target), ModelDraft(Decoder(limited)), [torch.arange(31)], max_new_tokens=5)
+    assert made.draft_passes == 0
+
+
+def test_each_pass_over_a_long_prompt_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("generation", "decoder"):
+        monkeypatch.setattr(f"t2iprobe.llm.engine.{module}.CHUNK", 8)
+    target, prompt = make_toy(), torch.arange(40) % VOCABULARY
+    decoder, draft = Decoder(target), ModelDraft(Decoder(blur(target)))
+    (made,) = generate(decoder, draft, [prompt], trees=Trees("chain", 3), max_new_tokens=9)
+    assert made.token_ids == write_plainly(target, prompt, 9)
+    assert made.target_passes == decoder.passes == len(made.rounds) + 5  # 39 tokens in passes of 8
+    assert made.draft_passes == draft.decoder.passes >= 5
+
+
 def test_text_ends_where_it_should() -> None:
     target = make_toy()
     plain = write_plainly(target, PROMPTS[0], 30)
@@ -242,3 +309,5 @@ def test_bad_input_is_told() -> None:
         Trees("best-first", verifier="residual")
     with pytest.raises(UserError, match="need the tokenizer"):
         generate(target, None, PROMPTS, stop=["x"])
+    with pytest.raises(UserError, match="an empty stop string would end every text"):
+        generate(target, None, PROMPTS, stop=["x", ""], tokenizer=Letters())

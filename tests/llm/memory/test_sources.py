@@ -315,6 +315,16 @@ def test_a_capped_source_is_paced_chunk_by_chunk(packed: Packed, monkeypatch: py
     assert len(arrived) == -(-source.nbytes(0) // BLOCK)
 
 
+def test_a_slow_link_can_be_left_inside_a_chunk(packed: Packed, clock: Clock) -> None:
+    source = Capped(RamSource(DiskSource(packed)), 1e4)
+    arrived, began = [], clock.now
+    for nbytes in source.read(0, empty_buffer(source.nbytes(0))):
+        arrived.append(nbytes)
+        assert 0 <= clock.now - began - sum(arrived) / 1e4 + 1e-9 < 3.1e-4
+    assert sum(arrived) == source.traffic(0)
+    assert max(arrived) == 1000  # a tenth of a second
+
+
 def test_capped_traffic_is_that_of_the_source(packed: Packed) -> None:
     quantized = QuantizedSource(DiskSource(packed), 4)
     source = Capped(quantized, 1e9)
