@@ -39,7 +39,7 @@ from t2iprobe.llm.swarm.routing import MissingBlocks, Offer, find_route, route_s
 from t2iprobe.llm.swarm.session import Counters, Settings
 
 BLOCKS = 30  # of the packaged model
-TREE = 32
+TREE = 64
 SIZES, LIVES = (20, 100, 300), (0.5, 4.0)  # of simulated swarms: servers, hours that one stays
 LEAST_RATIO = 3.0  # fewer round trips a token with trees
 
@@ -50,26 +50,34 @@ LEAST_RATIO = 3.0  # fewer round trips a token with trees
 @contextmanager
 def running(model: str, spans: Sequence[str]) -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
     """Run one server for each span; yield process and address of each."""
-    servers: list[tuple[subprocess.Popen[str], str]] = []
-    try:
-        for span in spans:
-            words = ["llm", "swarm", "join", model, "--blocks", span, "--device", "cpu", "--period", "2"]
-            words += ["--peer", servers[0][1]] if servers else []
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(
+    started: list[subprocess.Popen[str]] = []
+
+    def start(span: str, *more: str) -> subprocess.Popen[str]:
+        words = ["llm", "swarm", "join", model, "--blocks", span, "--device", "cpu", "--period", "2", *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(
                 [sys.executable, "-m", "t2iprobe", *words], stdout=subprocess.PIPE, text=True, env=environment
             )
-            assert process.stdout is not None
-            address = process.stdout.readline().strip()
-            if not address:
-                raise RuntimeError(f"the server of {span} does not come up")
-            servers.append((process, address))
-        yield servers
+        )
+        return started[-1]
+
+    def address(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        if not (line := process.stdout.readline().strip()):
+            raise RuntimeError("a server does not come up")
+        return line
+
+    try:
+        first = address(start(spans[0]))
+        for span in spans[1:]:
+            start(span, "--peer", first)
+        yield [(started[0], first), *((process, address(process)) for process in started[1:])]
     finally:
-        for process, _ in servers:
+        for process in started:
             process.send_signal(signal.SIGCONT)
             process.terminate()
-        for process, _ in servers:
+        for process in started:
             process.wait(30)
 
 

@@ -265,9 +265,10 @@ def _describe(made: dict[str, Any]) -> str:
         if made["weight_bytes_read"]
         else ""
     )
+    lost = f", {made['reroutes']} spans of failed servers taken over" if made.get("reroutes") else ""
     return (
         f"{count} tokens in {made['seconds']:.1f} s, {made['tokens_per_pass']:.2f} a pass of the model{read} "
-        f"({made['stop_reason']})"
+        f"({made['stop_reason']}{lost})"
     )
 
 

@@ -2,8 +2,6 @@ import pytest
 from language_toys import make_toy, save_toy
 from swarm_toys import Servers
 
-pytest.importorskip("hivemind")
-
 BLOCKS = 6
 
 

@@ -64,7 +64,7 @@ def test_moves_end_and_never_make_a_hole(seed):
 
 def test_so_it_is_with_two_hundred_servers():
     rng = np.random.default_rng(0)
-    blocks = 48
+    blocks = 24
     swarm, moves = run_rounds(random_swarm(rng, 200, blocks), blocks, rng)
     assert moves > 5
     now, ideal = (block_throughputs(each, blocks).min() for each in (swarm, settle(swarm, blocks, rng)))

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +22,13 @@ from t2iprobe.llm.swarm.client import load_swarm_engine
 from t2iprobe.llm.swarm.frames import Frame, Kind, encode_frame
 from t2iprobe.llm.swarm.session import Counters, Settings
 
+pytest.importorskip("hivemind")
+
 BLOCKS = 6
 PROMPT = torch.tensor([7, 9, 20, 11, 7, 9, 20, 15, 8])
 COUNT = 24
-QUICK = Settings(stall_seconds=3.0, recover_seconds=25.0, ban_seconds=4.0, ping_seconds=2.0)
+QUICK = Settings(stall_seconds=10.0, recover_seconds=25.0, ban_seconds=4.0, ping_seconds=2.0)
+STALLS = replace(QUICK, stall_seconds=3.0)  # for servers that stall
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +226,8 @@ def watch(monkeypatch):
 def test_a_server_that_goes_is_replaced_at_any_step(servers, toy, plain, watch, number):
     """At the first, a middle and the last step: three servers lost, one after another."""
     pool = start_pairs(servers, "0:6", "0:3", "3:6", "0:6", "2:6", "0:4")
-    with watch(Client(toy, pool[0].address)) as client:
+    settings = STALLS if number == signal.SIGSTOP else QUICK
+    with watch(Client(toy, pool[0].address, settings=settings)) as client:
         at = {0: 4, 11: 1, COUNT - 1: 5}
         lost, positions = [], []
 
@@ -315,7 +320,7 @@ def test_a_server_that_joins_late_with_other_borders_saves_the_text(servers, toy
 @pytest.mark.parametrize("history_bytes", [0, slow(1 << 30)])
 def test_inputs_that_are_not_kept_are_computed_again(servers, toy, plain, watch, history_bytes):
     pool = start_pairs(servers, "1:3", "3:6", "2:6")
-    settings = Settings(**(QUICK.__dict__ | {"history_bytes": history_bytes}))
+    settings = replace(QUICK, history_bytes=history_bytes)
     with watch(Client(toy, pool[0].address, settings=settings)) as client:
 
         def hit(step: int) -> None:
@@ -357,7 +362,7 @@ def test_a_tree_that_is_pending_is_read_again_too(servers, toy, watch):
 @pytest.mark.parametrize("fault", ["corrupt", *map(slow, ("babble", "huge", "half", "slow", "fail"))])
 def test_what_a_broken_server_sends_is_not_believed(servers, toy, plain, watch, fault):
     bad = servers.start("0:6", fault=fault)
-    settings = Settings(**(QUICK.__dict__ | {"step_seconds": 3.0}))
+    settings = replace(STALLS, step_seconds=3.0)
     with watch(Client(toy, bad.address, settings=settings)) as client:
 
         def bring(step: int) -> None:
@@ -372,7 +377,7 @@ def test_what_a_broken_server_sends_is_not_believed(servers, toy, plain, watch, 
 @pytest.mark.slow
 def test_blocks_that_nobody_serves_are_named_in_time(servers, toy, watch):
     pool = start_pairs(servers, "1:3", "3:6")
-    settings = Settings(**(QUICK.__dict__ | {"recover_seconds": 3.0}))
+    settings = replace(QUICK, recover_seconds=3.0)
     with watch(Client(toy, pool[0].address, settings=settings)) as client:
 
         def hit(step: int) -> None:
@@ -390,7 +395,7 @@ def test_a_full_cache_sends_sessions_elsewhere(servers, toy, plain):
     from t2iprobe.llm.swarm.server import ServerSettings
 
     small = servers.start("0:6", settings=ServerSettings(cache_bytes=1000))
-    settings = Settings(**(QUICK.__dict__ | {"recover_seconds": 2.0}))
+    settings = replace(QUICK, recover_seconds=2.0)
     with Client(toy, small.address, settings=settings) as client:
         with pytest.raises(UserError, match="full: the cache has 1000 of"):
             client.write()

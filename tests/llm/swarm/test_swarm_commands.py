@@ -15,6 +15,8 @@ from swarm_toys import wait_until
 
 from t2iprobe.llm.swarm.joining import parse_blocks
 
+pytest.importorskip("hivemind")
+
 DOCS = Path(__file__).parents[3] / "docs" / "swarm.md"
 OPTIONS = ("--dtype", "float64", "--device", "cpu", "--json")
 QUICK = ("--period", "1", "--balance", "1")

@@ -21,8 +21,10 @@ from t2iprobe.llm.swarm.training import LocalChain, Rows, SwarmChain, run_blocks
 from t2iprobe.llm.swarm.transport import Node
 from t2iprobe.llm.swarm.tuning import Adapters, Example, Tuning, example_loss, read_examples, tune
 
+pytest.importorskip("hivemind")
+
 BLOCKS = 6
-QUICK = Settings(stall_seconds=3.0, recover_seconds=25.0, ban_seconds=4.0, ping_seconds=2.0)
+QUICK = Settings(stall_seconds=10.0, recover_seconds=25.0, ban_seconds=4.0, ping_seconds=2.0)
 EXAMPLES = [
     Example(torch.tensor([5, 9, 14, 3, 22, 8, 1]), 2),
     Example(torch.tensor([6, 30, 17, 11]), 1),
@@ -59,7 +61,7 @@ def plain_gradients(prompt: torch.Tensor) -> tuple[float, torch.Tensor]:
         own = logits[each.prompt - 1 : len(each.tokens) - 1]
         loss = loss + torch.nn.functional.cross_entropy(own, targets, reduction="sum")
     loss.backward()
-    return float(loss), rows.grad
+    return float(loss.detach()), rows.grad
 
 
 def start_prompt() -> torch.Tensor:
