@@ -9,7 +9,7 @@ import typer
 
 import t2iprobe
 from t2iprobe.cli_inversion import inversion
-from t2iprobe.cli_llm import llm
+from t2iprobe.cli_prompts import llm
 from t2iprobe.console import AsJson, duration, plain, print_found, to_json
 from t2iprobe.errors import UserError
 
@@ -205,6 +205,29 @@ def compare(
 
     path = write_comparison(Run.open(run_a), Run.open(run_b), out)
     print_found({"comparison": str(path)}, as_json, f"wrote {path}")
+
+
+@hypernymy.command()
+def templates(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Runs of several templates (preset: templates)."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; templates.html in the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how far ISP and SCS move with the template, what ensembles gain, and whether ranks agree."""
+    from t2iprobe.hypernymy.templates import write_template_report
+    from t2iprobe.runs import Run
+
+    path = out or folders[0] / "templates.html"
+    found = write_template_report([Run.open(folder) for folder in folders], path)
+    lines = [
+        f"{run['run']}: {name} {spread['mean']:.4f}, by template {spread['min']:.4f} to {spread['max']:.4f}"
+        for run in found["runs"]
+        for name, spread in run["spread"].items()
+    ]
+    print_found(found, as_json, "\n".join([*lines, f"wrote {path}"]))
 
 
 @hypernymy.command()

@@ -43,6 +43,12 @@ class Study(BaseModel):
     samples: Positive = Field(4, description="pictures a synset and template")
     seed: int = Field(0, ge=0, description="of all pictures; the same seed gives the same pictures")
     templates: TextList = Field(["base"], description="published templates by name, or texts with fields")
+    common_seeds: bool = Field(
+        False, description="the same noise under every template, so that templates can be compared"
+    )
+    mean_conditioning: bool = Field(
+        False, description="draw once more, from the mean of the templates' embeddings"
+    )
     prompts: Path | None = Field(
         None, description="JSONL of prompts written elsewhere, in place of templates"
     )

@@ -43,7 +43,8 @@ def build_plan(segments: Sequence[Mapping[str, Any]], run_seed: int) -> list[Pla
     """List the pictures of a run, index outermost, so that a part of the run already covers all synsets.
 
     A segment is ``{"samples": N, "prompts": {synset: {template: prompt}}}``. An extended run has several: a
-    later one adds what the earlier ones lack, behind them, so that positions never change.
+    later one adds what the earlier ones lack, behind them, so that positions never change. With
+    ``"common_seeds": True`` a picture's seed does not depend on its template.
     """
     plan: dict[tuple[str, str, int], PlanEntry] = {}
     for segment in segments:
@@ -53,7 +54,8 @@ def build_plan(segments: Sequence[Mapping[str, Any]], run_seed: int) -> list[Pla
                 for synset, templates in prompts.items():
                     if column < len(templates):
                         template, prompt = templates[column]
-                        seed = picture_seed(run_seed, synset, template, index)
+                        named = "" if segment.get("common_seeds") else template
+                        seed = picture_seed(run_seed, synset, named, index)
                         plan.setdefault(
                             (synset, template, index), PlanEntry(synset, template, index, prompt, seed)
                         )

@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from t2iprobe.errors import UserError, suggest
 
@@ -18,6 +18,9 @@ WORDNET_HASH = "sha256:e6d069e38dcae49a03351d6afe8db8429947093bd5642cee5985ccc0e
 
 _WNID = re.compile(r"([nvasr])(\d{8})")
 _SYNSET_NAME = re.compile(r"(.+)\.([nvasr])\.(\d{1,3})")
+# Spelled with a vowel but spoken with a consonant first (unicycle, utensil), and the other way round (hour).
+_SPOKEN_CONSONANT = re.compile(r"eu|ewe|uni(?![dmn])|u[bkst][aeiou]|on(?:e|ce)\b")
+_SPOKEN_VOWEL = re.compile(r"[aeiou]|hour|heir|hono|hones|[fhlmnrsx]-")
 
 
 def content_hash() -> str:
@@ -64,6 +67,56 @@ def synset(name: str) -> "Synset":
 def wnid(synset: "Synset") -> str:
     """Return the part of speech and offset, the id that ImageNet uses: ``n02084071``."""
     return f"{synset.pos()}{synset.offset():08d}"
+
+
+class TaggedSense(NamedTuple):
+    """A sense of a word that was met in WordNet's tagged texts, and how often; `sense` counts from 1."""
+
+    lemma: str
+    pos: str
+    lexname: str
+    sense: int
+    count: int
+
+
+@cache
+def tagged_senses() -> tuple[TaggedSense, ...]:
+    """Return every sense that was met, read at once: nltk's own `count` searches the file for each."""
+    names, poses = _lexnames(), dict(zip("12345", "nvara", strict=True))
+    found = []
+    for line in _read_file("cntlist.rev").splitlines():
+        key, sense, count = line.split()
+        lemma, _, place = key.partition("%")
+        pos, number = place.split(":")[:2]
+        found.append(TaggedSense(lemma, poses[pos], names[number], int(sense), int(count)))
+    return tuple(found)
+
+
+def noun_glosses() -> list[tuple[str, str]]:
+    """Return (lexicographer class, definition) of every noun synset, such as ("noun.animal", "…")."""
+    names = _lexnames()
+    found = []
+    for line in _read_file("data.noun").splitlines():
+        if not line.startswith("  "):  # the licence, which stands before the data
+            columns, _, gloss = line.partition("|")
+            found.append((names[columns.split(" ", 2)[1]], gloss.strip().partition('; "')[0]))
+    return found
+
+
+def _lexnames() -> dict[str, str]:
+    rows = (line.split("\t") for line in _read_file("lexnames").splitlines())
+    return {row[0]: row[1] for row in rows}
+
+
+def _read_file(name: str) -> str:
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        return archive.read(f"wordnet/{name}").decode("utf-8")
+
+
+def choose_article(lemma: str) -> str:
+    """Return "a" or "an", as `lemma` (lower case) is spoken."""
+    vowel = _SPOKEN_VOWEL.match(lemma) and not _SPOKEN_CONSONANT.match(lemma)
+    return "an" if vowel else "a"
 
 
 def _find(name: str) -> "Synset | None":

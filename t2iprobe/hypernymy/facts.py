@@ -24,7 +24,7 @@ NAMES = {"nonleaf": "synsets above the classes", "leaves": "classes"}
 #: What a run does not use that judges pictures made elsewhere.
 DRAWING = (
     "model", "variant", "synsets", "samples", "seed", "templates", "prompts", "steps", "guidance", "size",
-    "scheduler", "dtype",
+    "scheduler", "dtype", "common_seeds", "mean_conditioning",
 )  # fmt: skip
 #: arXiv 2310.09247, ViT-B/16: (model, ISP, SCS at N = 32).
 PUBLISHED = (
@@ -175,8 +175,9 @@ def describe_seeding(results: Results) -> str:
     seed = results["identity"].get("seed")
     if seed is None:
         return "The pictures were made elsewhere: this run only judged them."
+    template = "" if results["identity"].get("common_seeds") else "the template "
     return (
-        f"Each picture has its own seed: a hash of the run's seed ({seed}), the synset, the template and the "
+        f"Each picture has its own seed: a hash of the run's seed ({seed}), the synset, {template}and the "
         "index of the picture. It is the same picture whatever the batch size, the order, the number of "
         "processes or an interruption."
     )

@@ -1,13 +1,13 @@
 """A synset as a prompt: the six published templates, templates of one's own, or prompts written elsewhere."""
 
 import json
-import re
 import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.wordnet import choose_article
 
 if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import Synset
@@ -24,9 +24,8 @@ TEMPLATES = {
     "empty": "a {lemma}.",
 }
 
-# Spelled with a vowel but spoken with a consonant first (unicycle, utensil), and the other way round (hour).
-_SPOKEN_CONSONANT = re.compile(r"eu|ewe|uni(?![dmn])|u[bkst][aeiou]|on(?:e|ce)\b")
-_SPOKEN_VOWEL = re.compile(r"[aeiou]|hour|heir|hono|hones|[fhlmnrsx]-")
+# Not a template: the mean of the embeddings of a synset's prompts, which stand in it a line each.
+MEAN = "mean"
 
 FIELDS: dict[str, Callable[["Synset"], str]] = {
     "lemma": lambda synset: _lemmas(synset)[0],
@@ -35,12 +34,6 @@ FIELDS: dict[str, Callable[["Synset"], str]] = {
     "gloss": lambda synset: synset.definition(),
     "article": lambda synset: choose_article(_lemmas(synset)[0]),
 }
-
-
-def choose_article(lemma: str) -> str:
-    """Return "a" or "an", as `lemma` (lower case) is spoken."""
-    vowel = _SPOKEN_VOWEL.match(lemma) and not _SPOKEN_CONSONANT.match(lemma)
-    return "an" if vowel else "a"
 
 
 def find_template(template: str) -> str:

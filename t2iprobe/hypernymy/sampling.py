@@ -70,13 +70,23 @@ class DiffusersSampler:
         guidance: float | None = None,
         size: int | None = None,
         dtype: str = "float32",
+        average_lines: bool = False,
     ) -> None:
-        """Take a pipeline that `place_pipeline` placed in `dtype`; None leaves a setting to the pipeline."""
+        """Take a pipeline that `place_pipeline` placed in `dtype`; None leaves a setting to the pipeline.
+
+        With `average_lines` a prompt of several lines is drawn from the mean of its lines' embeddings. Raises
+        UserError for a family whose embeddings have no mean.
+        """
         self.pipeline = pipeline
         self.dtype = dtype
+        self.average_lines = average_lines
         self._settings = setting_arguments(pipeline, steps, guidance, size)
         self._embeddings: dict[str, tuple[torch.Tensor | None, ...]] = {}
         self._names = ENCODED.get(type(pipeline).__name__, ())
+        if average_lines and self._names not in (_GUIDED, _POOLED):
+            raise UserError(
+                f"the embeddings of a {type(pipeline).__name__} have no mean: leave mean_conditioning out"
+            )
 
     @property
     def _device(self) -> "torch.device":
@@ -126,8 +136,12 @@ class DiffusersSampler:
             return {"prompt": list(prompts)}
         with torch.inference_mode():
             for prompt in dict.fromkeys(prompts):
+                lines = prompt.splitlines() if self.average_lines else [prompt]
+                for line in lines:
+                    if line not in self._embeddings:
+                        self._embeddings[line] = self._encode_one(line)
                 if prompt not in self._embeddings:
-                    self._embeddings[prompt] = self._encode_one(prompt)
+                    self._embeddings[prompt] = _average([self._embeddings[line] for line in lines])
             arguments: dict[str, Any] = {}
             for column, name in enumerate(self._names):
                 parts = [self._embeddings[prompt][column] for prompt in prompts]
@@ -154,6 +168,18 @@ class DiffusersSampler:
         return tuple(
             first[column] if part is None and first is not None else part for column, part in enumerate(parts)
         )
+
+
+def _average(
+    embeddings: "Sequence[tuple[torch.Tensor | None, ...]]",
+) -> "tuple[torch.Tensor | None, ...]":
+    """Return the mean of prompts' embeddings, column by column."""
+    import torch
+
+    return tuple(
+        None if column[0] is None else torch.stack(column).mean(dim=0)  # type: ignore[arg-type]
+        for column in zip(*embeddings, strict=True)
+    )
 
 
 class _DecoderWatch:

@@ -12,6 +12,7 @@ from t2iprobe.config import Study, dump_study
 from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.hierarchy import Hierarchy
+from t2iprobe.hypernymy.prompts import MEAN
 from t2iprobe.hypernymy.sampling import (
     DiffusersSampler,
     FolderSampler,
@@ -147,6 +148,12 @@ def finish(run: Run) -> None:
         from t2iprobe.hypernymy.report import write_report
 
         write_report(run)
+    if run.manifest["identity"].get("common_seeds"):
+        from t2iprobe.hypernymy.templates import write_template_report
+
+        page = run.path / "templates.html"
+        if not page.exists() or page.stat().st_mtime_ns < newest:
+            write_template_report([run], page)
 
 
 def load_hierarchy(study: Study) -> Hierarchy:
@@ -160,7 +167,12 @@ def load_sampler(study: Study, device: str, dtype: str) -> DiffusersSampler:
         study.model, device=device, dtype=dtype, variant=study.variant, scheduler=study.scheduler
     )
     return DiffusersSampler(
-        pipeline, steps=study.steps, guidance=study.guidance, size=study.size, dtype=dtype
+        pipeline,
+        steps=study.steps,
+        guidance=study.guidance,
+        size=study.size,
+        dtype=dtype,
+        average_lines=study.mean_conditioning,
     )
 
 
@@ -211,6 +223,11 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
             "seed": study.seed,
             "templates": ["prompts"] if study.prompts else study.templates,
         }
+        # Only where they are on, so that other runs are what they were.
+        identity |= {key: True for key in ("common_seeds", "mean_conditioning") if getattr(study, key)}
+    segment: dict[str, Any] = {"samples": samples, "prompts": prompts}
+    if folder is None and study.common_seeds:
+        segment["common_seeds"] = True
     return {
         "schema": SCHEMA,
         "configuration": configuration,
@@ -218,7 +235,7 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
         "identity": identity,
         "versions": list_versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "plan": [{"samples": samples, "prompts": prompts}],
+        "plan": [segment],
     }
 
 
@@ -259,10 +276,14 @@ def write_prompts(study: Study, hierarchy: Hierarchy) -> dict[str, dict[str, str
         return {name: {text: text for text in given[name]} for name in sorted(chosen & set(given))}
     for template in study.templates:
         find_template(template)
-    return {
+    written = {
         name: {template: render(template, wordnet.synset(name)) for template in study.templates}
         for name in sorted(hierarchy.select(study.synsets))
     }
+    if study.mean_conditioning:
+        for by_template in written.values():
+            by_template[MEAN] = "\n".join(by_template.values())
+    return written
 
 
 def _list_folder(folder: Path, hierarchy: Hierarchy) -> dict[str, dict[str, str]]:
