@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -91,6 +92,10 @@ def run(
         typer.Option(help="A published template's name, or a text with {lemma}; several: repeat it."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts, rows synset and prompt.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Ask in these, too, by commas, with the same noise: fr, de, es.")
+    ] = None,
+    words: Annotated[int | None, typer.Option(help="Words of a synset in each language.")] = None,
     hierarchy: Annotated[
         Path | None, typer.Option(help="CSV of wnids of a classifier with other labels.")
     ] = None,
@@ -124,6 +129,8 @@ def run(
         "scheduler": scheduler,
         "templates": template,
         "prompts": prompts,
+        "languages": language,
+        "words": words,
         "hierarchy": hierarchy,
         "batch_size": batch_size,
         "dtype": dtype,
@@ -328,7 +335,8 @@ def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None
         print(f"t2iprobe: stopped: {_count(Run, out)}; the same command continues", file=sys.stderr)
         sys.exit(130)
     if finished.complete:
-        _print_results(read_results(finished), as_json, f"report: {finished.path / 'report.html'}")
+        last = f"report: {finished.path / 'report.html'}"
+        _print_results(read_results(finished), as_json, last, _describe_languages(finished))
     else:
         left = len(finished.missing())
         text = f"this share is done; {left} of {len(finished.plan)} pictures are left to other shares"
@@ -362,7 +370,17 @@ def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
     print_found(plan, as_json, "\n".join(lines))
 
 
-def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> None:
+def _describe_languages(run: "Run") -> list[str]:
+    if not run.manifest["identity"].get("languages"):
+        return []
+    from t2iprobe.hypernymy.languages import describe_languages
+
+    return describe_languages(run)
+
+
+def _print_results(
+    results: dict[str, Any], as_json: bool, last: str | None, more: Sequence[str] = ()
+) -> None:
     lines = []
     for key, label in (("isp", "in-subtree probability"), ("scs", "subtree coverage score")):
         found = results["results"][key]
@@ -371,7 +389,7 @@ def _print_results(results: dict[str, Any], as_json: bool, last: str | None) -> 
             lines.append(f"{label:24} {found['value']:.4f}{interval}")
     rows = results["synsets"]
     lines.append(f"{'known synsets':24} {sum(row['known'] for row in rows)} of {len(rows)}")
-    print_found(results, as_json, "\n".join([*lines, *([last] if last else [])]))
+    print_found(results, as_json, "\n".join([*lines, *more, *([last] if last else [])]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2iprobe.cli_corpus import corpus
+from t2iprobe.cli_corpus import corpus, translate
 from t2iprobe.cli_swarm import swarm as swarm_commands
 from t2iprobe.console import AsJson, print_found
 from t2iprobe.errors import UserError
@@ -23,6 +23,7 @@ llm = typer.Typer(
 llm.add_typer(swarm_commands, name="swarm")
 
 llm.add_typer(corpus, name="corpus")
+llm.command()(translate)
 
 Model = Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")]
 Draft = Annotated[

@@ -17,6 +17,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_codes(value: Any) -> Any:
+    return [code.strip() for code in value.split(",")] if isinstance(value, str) else value
+
+
 def _join(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
@@ -49,6 +53,10 @@ class Study(BaseModel):
     mean_conditioning: bool = Field(
         False, description="draw once more, from the mean of the templates' embeddings"
     )
+    languages: Annotated[list[str], BeforeValidator(_as_codes)] = Field(
+        [], description="languages to ask in beside English, with the same noise"
+    )
+    words: Positive = Field(1, description="words of a synset in each of the languages, at most")
     prompts: Path | None = Field(
         None, description="JSONL of prompts written elsewhere, in place of templates"
     )

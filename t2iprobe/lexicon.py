@@ -293,19 +293,20 @@ def run_apertium(texts: Sequence[str], chain: Sequence[str]) -> list[str]:
 
 
 def _from_apertium(synsets: Mapping[str, "Synset"], language: str) -> Found:
-    """Apertium: an article and a noun, which also tells the gender."""
-    firsts = {name: lemmas[0] for name, concept in synsets.items() if (lemmas := _lemmas(concept))}
-    texts = [f"{choose_article(lemma.lower())} {lemma}." for lemma in firsts.values()]
+    """Apertium: an article and a noun, which also tells the gender, of each lemma."""
+    asked = [(name, lemma) for name, concept in synsets.items() for lemma in _lemmas(concept)]
+    texts = [f"{choose_article(lemma.lower())} {lemma}." for _, lemma in asked]
     there = run_apertium(texts, find_chain(language))
     back = run_apertium(there, find_chain("en", language)) if find_chain("en", language) else texts
     genders: Mapping[str, Gender] = {"un": "m", "une": "f", "una": "f", "uno": "m"}
     found: Found = {}
-    for (name, lemma), text, again in zip(firsts.items(), there, back, strict=True):
+    for (name, lemma), text, again in zip(asked, there, back, strict=True):
         first, _, word = text.strip(" .").partition(" ")
         # Several words are taken for a sentence more often than not: they must come back as they were.
         kept = " " not in word or lemma.lower() in again.lower()
         if first.lower() in genders and word and kept and not re.search(r"[*@#]", word):
-            found[name] = [Word(word, genders[first.lower()], "apertium")]
+            known = found.get(name, [])
+            found[name] = _merge(known, [Word(word, genders[first.lower()], "apertium")])
     return found
 
 

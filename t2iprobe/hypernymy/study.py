@@ -148,6 +148,10 @@ def finish(run: Run) -> None:
         from t2iprobe.hypernymy.report import write_report
 
         write_report(run)
+    if run.manifest["identity"].get("languages"):
+        from t2iprobe.hypernymy.languages import write_language_results
+
+        write_language_results(run)
     if run.manifest["identity"].get("common_seeds"):
         from t2iprobe.hypernymy.templates import write_template_report
 
@@ -226,7 +230,9 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
         # Only where they are on, so that other runs are what they were.
         identity |= {key: True for key in ("common_seeds", "mean_conditioning") if getattr(study, key)}
     segment: dict[str, Any] = {"samples": samples, "prompts": prompts}
-    if folder is None and study.common_seeds:
+    if folder is None and study.languages:
+        identity |= {"languages": study.languages, "words": study.words}
+    if folder is None and (study.common_seeds or study.languages):
         segment["common_seeds"] = True
     return {
         "schema": SCHEMA,
@@ -266,6 +272,8 @@ def write_prompts(study: Study, hierarchy: Hierarchy) -> dict[str, dict[str, str
     from t2iprobe import wordnet
     from t2iprobe.hypernymy.prompts import find_template, read_prompts, render
 
+    if study.languages and study.prompts is not None:
+        return _choose_translated(study, hierarchy)
     if study.prompts is not None:
         given: dict[str, list[str]] = {}
         for name, texts in read_prompts(study.prompts).items():
@@ -283,7 +291,24 @@ def write_prompts(study: Study, hierarchy: Hierarchy) -> dict[str, dict[str, str
     if study.mean_conditioning:
         for by_template in written.values():
             by_template[MEAN] = "\n".join(by_template.values())
+    if study.languages:
+        from t2iprobe.hypernymy.languages import add_languages
+
+        return add_languages(written, study.languages, study.words)
     return written
+
+
+def _choose_translated(study: Study, hierarchy: Hierarchy) -> dict[str, dict[str, str]]:
+    from t2iprobe.hypernymy.languages import read_languages
+
+    assert study.prompts is not None
+    given: dict[str, dict[str, str]] = {}
+    for name, by_template in read_languages(study.prompts, study.languages).items():
+        given.setdefault(hierarchy.resolve(name), {}).update(by_template)
+    chosen = set(given) if study.synsets == "nonleaf" else set(hierarchy.select(study.synsets))
+    if not chosen & set(given):
+        raise UserError(f"{study.prompts} has no prompt for any of the synsets {study.synsets!r}")
+    return {name: given[name] for name in sorted(chosen & set(given))}
 
 
 def _list_folder(folder: Path, hierarchy: Hierarchy) -> dict[str, dict[str, str]]:

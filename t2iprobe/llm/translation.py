@@ -18,7 +18,7 @@ from t2iprobe.languages import TEMPLATES, Word, decline, write_prompt
 from t2iprobe.lexicon import find_words
 from t2iprobe.llm.corpus.documents import Row, Source
 from t2iprobe.llm.corpus.streaming import dump_lines, stream
-from t2iprobe.llm.translators import Tables, Translator, clean_stars
+from t2iprobe.llm.translators import Apertium, Tables, Translator, clean_stars
 from t2iprobe.wordnet import choose_article, synset
 
 CHUNK_ROWS = 64  # of a slow back end: what a kill can cost
@@ -332,4 +332,5 @@ def translate_file(
     Returns counts: for each language translations, how many passed the checks, and of those with a concept
     how many have its word.
     """
-    return stream(translation, replace(source, chunk_lines=CHUNK_ROWS), out, show=show)
+    slow = not isinstance(translation.translator, Apertium | Tables)
+    return stream(translation, replace(source, chunk_lines=CHUNK_ROWS) if slow else source, out, show=show)
