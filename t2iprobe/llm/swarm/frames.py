@@ -8,7 +8,7 @@ import asyncio
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -108,16 +108,21 @@ def _decode_content(kind: Kind, content: bytes, header_bytes: int, checksum: int
 
 
 async def read_frame(
-    reader: asyncio.StreamReader, limits: Limits, seconds: float | None = None
+    reader: asyncio.StreamReader,
+    limits: Limits,
+    seconds: float | None = None,
+    admit: Callable[[int], None] = lambda nbytes: None,
 ) -> tuple[Frame, int]:
     """Read one frame; return it and its bytes. Memory is taken as data arrives, not as it is promised.
 
-    A frame that has begun must be whole within `seconds`, and what the slowest link needs for it. Raises
-    BrokenFrame, TimeoutError, or asyncio.IncompleteReadError at the end of the stream.
+    `admit` is told a frame's size before its content is read, and may raise. A frame that has begun must be
+    whole within `seconds`, and what the slowest link needs for it. Raises BrokenFrame, TimeoutError, or
+    asyncio.IncompleteReadError at the end of the stream.
     """
     head = await reader.readexactly(HEAD_BYTES)
     kind, header_bytes, body_bytes, checksum = decode_head(head, limits)
     size = header_bytes + body_bytes
+    admit(size)
     patience = None if seconds is None else seconds + size / SLOWEST_LINK
     content = await asyncio.wait_for(reader.readexactly(size), patience)
     # Checking and copying a large frame would keep others waiting.

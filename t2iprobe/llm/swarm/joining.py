@@ -124,7 +124,7 @@ def join(
                 if mover is not None:
                     mover.look(stop)
         server.state = "offline"
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(Exception):  # Ctrl-C has ended the daemon, too
             _announce(node, server, how)
 
 

@@ -30,9 +30,11 @@ LINGER_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a server allows: bytes of all caches, seconds that a session may rest, rows of a pass, streams."""
+    """What a server allows: bytes of all caches and of all frames that are being answered, seconds that a
+    session may rest and a frame may take, rows of a pass, streams, passes that wait."""
 
     cache_bytes: int = 1 << 30
+    frame_bytes: int = 1 << 30
     session_seconds: float = 300.0
     frame_seconds: float = 30.0
     most_rows: int = 1 << 15
@@ -63,8 +65,9 @@ class _Session:
 
 @dataclass
 class _Budget:
-    """Bytes that sessions share."""
+    """Bytes that are shared."""
 
+    name: str
     total: int
     taken: int = 0
 
@@ -75,7 +78,7 @@ class _Budget:
     def take(self, nbytes: int) -> None:
         """Raises Refused where that much is not left."""
         if nbytes > self.left:
-            raise Refused(f"full: the cache has {self.left} of {nbytes} bytes left")
+            raise Refused(f"full: the {self.name} has {self.left} of {nbytes} bytes left")
         self.taken += nbytes
 
 
@@ -96,7 +99,8 @@ class BlockServer:
     planned: tuple[int, int] | None = None  # where it is about to be
 
     def __post_init__(self) -> None:
-        self.budget = _Budget(self.settings.cache_bytes)
+        self.budget = _Budget("cache", self.settings.cache_bytes)
+        self.inbox = _Budget("inbox", self.settings.frame_bytes)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="blocks")
 
     def announcement(self, peer: str, addresses: Sequence[str]) -> Announcement:
@@ -129,14 +133,22 @@ class BlockServer:
             await send_frame(writer, Frame(Kind.ERROR, {"error": "too many streams"}))
             return
         self.streams += 1
-        speaker = _Speaker(self, writer)
+        speaker, held = _Speaker(self, writer), 0
+
+        def admit(nbytes: int) -> None:
+            nonlocal held
+            self.inbox.take(nbytes)
+            held = nbytes
+
         try:
             while True:
                 frame, _ = await asyncio.wait_for(
-                    read_frame(reader, self.limits, self.settings.frame_seconds),
+                    read_frame(reader, self.limits, self.settings.frame_seconds, admit),
                     self.settings.session_seconds,
                 )
                 await speaker.answer(frame)
+                self.inbox.taken -= held
+                held = 0
         except (Refused, BrokenFrame) as error:
             await _refuse(reader, writer, str(error))
         except (TimeoutError, asyncio.IncompleteReadError, OSError):
@@ -145,6 +157,7 @@ class BlockServer:
             await _refuse(reader, writer, f"failed: {error!r}")
         finally:
             self.streams -= 1
+            self.inbox.taken -= held
             speaker.end()
 
     async def compute(self, writer: asyncio.StreamWriter, function: Callable[[], Any]) -> Any:

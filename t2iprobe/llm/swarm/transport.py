@@ -28,9 +28,9 @@ from t2iprobe.llm.swarm.frames import (
 __all__ = ["Accept", "Node", "PeerError", "Stream"]
 
 PROTOCOL = "t2iprobe-swarm-1"
-# Of a record in the DHT; a peer can fill another's memory only so far.
-MOST_RECORD_BYTES = 4096
-_START_SECONDS = 30.0
+# Of records in the DHT: a peer can fill another's memory only so far.
+MOST_RECORD_BYTES, MOST_RECORDS, MOST_RECORD_SECONDS = 4096, 20_000, 3600.0
+_START_SECONDS, _ASK_SECONDS = 60.0, 15.0
 T = TypeVar("T")
 # Called with the remote peer's id, and reader and writer of its stream.
 Accept = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -150,11 +150,11 @@ class Node:
         from hivemind.utils.timed_storage import get_dht_time
 
         until = get_dht_time() + seconds
-        return bool(self.run(self._dht.store(key, value, until, subkey=subkey), _START_SECONDS))
+        return bool(self.run(self._dht.store(key, value, until, subkey=subkey), _ASK_SECONDS))
 
     def find(self, key: str) -> dict[str, Any]:
         """Return subkey → value of all records under a key that have not expired."""
-        found = self.run(self._dht.get(key, latest=True), _START_SECONDS)
+        found = self.run(self._dht.get(key, latest=True), _ASK_SECONDS)
         if found is None or not isinstance(found.value, dict):
             return {}
         return {str(subkey): record.value for subkey, record in found.value.items()}
@@ -292,12 +292,24 @@ async def send_frame(writer: asyncio.StreamWriter, frame: Frame, eight_bits: Seq
 
 
 def _make_validator() -> Any:
-    """Return what refuses records that are too large to be ours."""
+    """Return what refuses records that are too large, too lasting or too many."""
     from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+    from hivemind.utils.timed_storage import get_dht_time
 
     class Bounded(RecordValidatorBase):
+        def __init__(self) -> None:
+            self.known: dict[tuple[bytes, bytes], float] = {}
+
         def validate(self, record: DHTRecord) -> bool:
-            return len(record.value) + len(record.subkey) <= MOST_RECORD_BYTES
+            name, now = (record.key, record.subkey), get_dht_time()
+            if name not in self.known and len(self.known) >= MOST_RECORDS:
+                self.known = {each: until for each, until in self.known.items() if until > now}
+            has_room = name in self.known or len(self.known) < MOST_RECORDS
+            is_small = len(record.value) + len(record.subkey) <= MOST_RECORD_BYTES
+            if not has_room or not is_small or record.expiration_time > now + MOST_RECORD_SECONDS:
+                return False
+            self.known[name] = record.expiration_time
+            return True
 
     return Bounded()
 

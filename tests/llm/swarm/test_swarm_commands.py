@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +95,22 @@ def test_what_the_docs_show_works(toy, packed_cache, tmp_path):
 def status(address: str):
     (found,) = json.loads(call("llm", "swarm", "status", "--peer", address, "--json").out)["models"]
     return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_and_its_daemon_without_a_word(toy, packed_cache):
+    command = [sys.executable, "-m", "t2iprobe", "llm", "swarm", "join", str(toy), *OPTIONS]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(packed_cache)},
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("/ip4/127.0.0.1/tcp/")
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.slow
