@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -201,10 +201,13 @@ def _stream_layers(engine: Engine, placement: Placement | None, link: float | No
 
 
 def pack_model(files: LanguageModelFiles, dtype: str = "auto", device: str = "cpu") -> Packed:
-    """Return the model's layers as files of their own, in the cache folder."""
+    """Return the layers as files in the cache folder. Raises UserError if it cannot be written."""
     cast = ("float32" if device == "cpu" else None) if dtype == "auto" else dtype
     out = cache_folder("packed", f"{files.hash.removeprefix('sha256:')[:16]}-{cast or 'as-is'}")
-    return pack_layers(files.folder, out, cast)
+    try:
+        return pack_layers(files.folder, out, cast)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 def make_draft(name: str, engine: Engine) -> Draft | None:
@@ -457,8 +460,9 @@ def measure_engine(engine: Engine, most: int = 128, repeats: int = 2, fresh: boo
         draft = measure_passes(engine.draft.decoder, sizes, repeats=repeats)
     times = PassTimes(target, draft)
     if keep:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(key | asdict(times), indent=1).encode())
+        with suppress(OSError):  # then they are measured again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(key | asdict(times), indent=1).encode())
     return times
 
 

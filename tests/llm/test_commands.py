@@ -203,6 +203,18 @@ def trees_acceptance(trees: Trees) -> Any:
     return Acceptance(trees.acceptance)
 
 
+def test_a_cache_that_cannot_be_written_is_told_or_done_without(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write .*packed.*: Not a directory"):
+        load_engine(str(target), "none", memory=10**6)
+    with load_engine(str(target), "lookup") as engine:
+        assert choose_trees(engine, "best-first", None, 24, "auto").growth == "best-first"
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
 def test_bench_compares_trees(target: Path) -> None:
     words = ["llm", "bench", "--model", str(target), "--draft", "early-exit:3", "--budget", "4"]
     result = CliRunner().invoke(app, [*words, "--max-new-tokens", "10", "--device", "cpu", "--json"])
