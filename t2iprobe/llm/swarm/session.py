@@ -9,7 +9,6 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,45 +20,10 @@ from t2iprobe.llm.swarm.frames import Frame, Kind, encode_frame
 from t2iprobe.llm.swarm.history import History
 from t2iprobe.llm.swarm.registry import Announcement, ModelKey, find_servers
 from t2iprobe.llm.swarm.routing import Hop, MissingBlocks, describe_blocks, find_holes, find_route
+from t2iprobe.llm.swarm.settings import Counters, Settings
 from t2iprobe.llm.swarm.transport import Node, PeerError, Stream
 
 __all__ = ["Counters", "Settings", "Swarm", "SwarmCache"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How patient a client is, in seconds, and what it keeps.
-
-    stall: silence after which a peer counts as gone (it tells every second that it computes); step: for a
-    pass of up to 256 rows on a server, however busy, and so many times as long for more; recover: to find
-    others for a failed one; ban: that a failed peer is avoided, doubled each time; ping: to answer one;
-    delay: of a simulated round trip. attempts: replacements tried for one failure at most. history_bytes: of
-    kept inputs, beside the first block's. link: bytes a second of a simulated link.
-    """
-
-    stall_seconds: float = 5.0
-    step_seconds: float = 60.0
-    recover_seconds: float = 60.0
-    ban_seconds: float = 15.0
-    ping_seconds: float = 3.0
-    delay_seconds: float = 0.0
-    attempts: int = 16
-    history_bytes: int = 256 << 20
-    eight_bits: bool = False
-    link: float | None = None
-
-
-@dataclass
-class Counters:
-    """What a client did: answers waited for, routes found anew, rows read again, seconds lost, bytes."""
-
-    round_trips: int = 0
-    reroutes: int = 0
-    replayed_tokens: int = 0
-    recovery_seconds: float = 0.0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    failures: list[str] = field(default_factory=list)
 
 
 class Swarm:
@@ -317,7 +281,16 @@ class SwarmCache:
         """
         if self._prefix is not None and not any(self._history.lengths) and not self.pending:
             self._run_prefix(self._prefix.to(hidden))
-        return self._run(hidden, positions + self.shift, tree_mask, wanted)
+        # As many rows at a time as a frame holds by far; those before are pending for those behind.
+        rows, before = hidden.shape[1], self.pending
+        step = max(1, self._swarm.node.limits.body_bytes // 4 // max(1, hidden[:, :1].nbytes))
+        found = []
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            mask = tree_mask[:, part, : before + part.stop]
+            own = max(0, part.stop - max(start, rows - wanted))
+            found.append(self._run(hidden[:, part], positions[:, part] + self.shift, mask, own))
+        return torch.cat(found, 1)
 
     def _run_prefix(self, prefix: Tensor) -> None:
         count = len(prefix)

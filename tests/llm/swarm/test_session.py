@@ -19,7 +19,7 @@ from t2iprobe.llm.engine.drafts import LookupDraft, ModelDraft
 from t2iprobe.llm.engine.generation import Trees, generate
 from t2iprobe.llm.engine.processing import Sampling
 from t2iprobe.llm.swarm.client import load_swarm_engine
-from t2iprobe.llm.swarm.frames import Frame, Kind, encode_frame
+from t2iprobe.llm.swarm.frames import Frame, Kind, Limits, encode_frame
 from t2iprobe.llm.swarm.session import Counters, Settings
 
 pytest.importorskip("hivemind")
@@ -163,6 +163,15 @@ def test_eight_bits_halve_the_bytes_and_say_the_same(toy, three, client, plain):
         assert eight.received_bytes < 0.5 * full.received_bytes
         same = sum(one == two for one, two in zip(found, plain, strict=True))
         assert same >= COUNT // 4  # a toy of random weights: not a claim about quality
+
+
+def test_a_pass_that_no_frame_holds_goes_in_parts(toy, three, plain):
+    with Client(toy, three[0].address) as other:
+        other.target.swarm.node.limits = Limits(body_bytes=4 * 5 * 32 * 8)  # four times five rows
+        assert other.write() == plain
+        assert other.counters.round_trips == 3 * (COUNT + 1)  # nine tokens of the prompt, in two parts
+        found = generate(other.target, LookupDraft(VOCABULARY), [PROMPT], max_new_tokens=COUNT)[0]
+        assert found.token_ids == plain
 
 
 def test_caches_are_given_back(toy, three):
