@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_packaged(name: str, end: str) -> bytes:
     try:
         build_folder_once(folder, unpack)
         return (folder / end.replace("/", "_")).read_bytes()
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}): delete its folder, it is fetched again") from None
 
 
@@ -137,7 +138,7 @@ def read_matching(archive: Path, pattern: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(archive) as file:
             return {name: file.read(name) for name in file.namelist() if re.search(pattern, name)}
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}): delete its folder, it is fetched again") from None
 
 
@@ -160,6 +161,6 @@ def _read_one(content: bytes | Path, end: str, archive: Path) -> bytes:
                 for member in tar:
                     if member.name.endswith(end) and (file := tar.extractfile(member)):
                         return file.read()
-    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}): delete its folder, it is fetched again") from None
     raise UserError(f"{archive} does not hold {end}: delete its folder, it is fetched again")

@@ -239,19 +239,19 @@ def write_prompts(
 
     Raises UserError where `out` was begun with other settings, or is damaged.
     """
-    began, block = time.perf_counter(), block or len(synsets)
+    began, size = time.perf_counter(), block or len(synsets)
     names = [synset.name() for synset in synsets]
     settings = json.loads(json.dumps(asdict(writing))) | {
         "model": find_language_model(model).hash,
         "synsets": names,
-        "block": block,
+        "block": size,
     }
     with explain_full_disk(out):
-        rows = _continue(out, settings, block * writing.per_synset)
+        rows = _continue(out, settings, size * writing.per_synset)
         before = len(rows)
         show(before, len(names) * writing.per_synset)
-        for start in range(before // writing.per_synset, len(names), block):
-            slots = _fill(synsets[start : start + block], writer, writing, start)
+        for start in range(before // writing.per_synset, len(names), size):
+            slots = _fill(synsets[start : start + size], writer, writing, start)
             rows += [_make_row(slot) for slot in slots]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(out, text.encode())

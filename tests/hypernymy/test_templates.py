@@ -50,7 +50,8 @@ def test_the_preset_draws_twelve_templates_and_their_mean():
 
 
 def test_a_prompt_of_lines_is_drawn_from_the_mean_of_their_embeddings():
-    pipeline = place_pipeline(tiny_pipeline("sd"), "cpu", "float32")
+    pipeline = tiny_pipeline("sd")
+    place_pipeline(pipeline, "cpu", "float32")
     settings = {"steps": 2, "guidance": 3.0}
     sampler = DiffusersSampler(pipeline, average_lines=True, **settings)
 
@@ -68,7 +69,7 @@ def test_a_prompt_of_lines_is_drawn_from_the_mean_of_their_embeddings():
 
 
 def test_families_without_a_mean_are_refused():
-    pipeline = place_pipeline(tiny_pipeline("flux"), "cpu", "float32")
+    pipeline = tiny_pipeline("flux")
     with pytest.raises(UserError, match="have no mean"):
         DiffusersSampler(pipeline, average_lines=True)
 
