@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-task", type=int, default=5, help="prompts of each task")
     parser.add_argument("--tokens", type=int, default=64, help="of a text at most")
     parser.add_argument("--budget", type=int, default=8, help="guesses in a tree")
-    parser.add_argument("--batch", type=int, default=11, help="prompts that share a pass")
+    parser.add_argument("--batch", type=int, default=55, help="prompts that share a pass")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args(arguments)
     options.drafts = options.drafts.split(",")
