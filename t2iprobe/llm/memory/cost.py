@@ -32,9 +32,10 @@ from t2iprobe.llm.engine.processing import Processing, Sampling
 from t2iprobe.llm.engine.verification import make_draw
 from t2iprobe.llm.memory.packing import Packed
 from t2iprobe.llm.memory.placement import TIERS, Forecast, Placement, realise
-from t2iprobe.llm.memory.quantization import dequantize_rows, quantize_rows, row_bytes
+from t2iprobe.llm.memory.quantization import row_bytes
 from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource, Source, empty_buffer, padded
 from t2iprobe.llm.memory.store import WeightStore
+from t2iprobe.llm.memory.tiers import BatchCache
 from t2iprobe.llm.models import decoder_layers
 
 __all__ = ["Costs", "Hardware", "ModelShape", "Workload", "count_costs", "forecast", "measure_hardware"]
@@ -207,6 +208,8 @@ class Hardware:
     disk_read: weights; file_read, file_write: files of the cache; shares_disk: whether the two disks are one;
     dequantize: weights of 4 bits, counted as what they become, by the reader;
     cache_copy, cache_dequantize: keys and values from elsewhere, and from 4 bits, by the computation;
+    cache_quantize: those that are put into 4 bits; chunk_seconds, packed_chunk_seconds: of a chunk from
+    elsewhere, and of one in 4 bits, that is brought and put back, beside its bytes;
     read_steals, dequantize_steals, file_steals: seconds that the computation loses a byte of weights read, a
     byte dequantised, a byte of the cache's files read or written, beside it;
     to_device, from_device: between RAM and the device, None where they are one;
@@ -224,6 +227,9 @@ class Hardware:
     dequantize: float
     cache_copy: float
     cache_dequantize: float
+    cache_quantize: float = math.inf
+    chunk_seconds: float = 0.0
+    packed_chunk_seconds: float = 0.0
     read_steals: float = 0.0
     dequantize_steals: float = 0.0
     file_steals: float = 0.0
@@ -315,9 +321,11 @@ def _count_phase(
         end /= max(1, passes)
     computed = shape.layers * (matrices + attention) + end
     near = mean * positions * shape.position_bytes()  # a chunk's keys and values, as they are computed with
-    unpacked = near / hardware.cache_copy
+    unpacked = near / hardware.cache_copy + hardware.chunk_seconds
     if cache_bits is not None:  # wherever they lie
-        computed += shape.layers * len(batches) * near / hardware.cache_dequantize
+        position = mean * shape.position_bytes()
+        packing = before * position / hardware.cache_dequantize + rows * position / hardware.cache_quantize
+        computed += shape.layers * len(batches) * (packing + hardware.packed_chunk_seconds)
         unpacked = 0.0
     # -- the reader of weights
     to_device = 1 / hardware.to_device if hardware.to_device else 0.0
@@ -504,6 +512,7 @@ _FILE_BYTES = 64 << 20
 _PIECE = 4 << 20
 _CONTEXT = 384
 _BESIDE_SECONDS = 0.3
+_BATCH, _CHUNKS = 16, 30  # texts of a chunk, and how often one is brought and put back
 
 
 class _First:
@@ -535,7 +544,8 @@ def measure_hardware(
     source = _First(DiskSource(packed), LAYERS)
     shape = ModelShape.from_model(model, packed)
     _cut_layers(model, source.layers)
-    device = model.get_input_embeddings().weight.device
+    like = model.get_input_embeddings().weight
+    device = like.device
     with WeightStore(source, range(source.layers), device=device) as store:
         passes = _Passes(Decoder(model, store), shape, clock)
         few = [(size, 1, 1) for size in rows]
@@ -551,7 +561,8 @@ def measure_hardware(
         dequantize_steals = passes.measure_theft(_read_for_ever(copy))
         file_write, file_read = _measure_files(folder, clock)
         file_steals = passes.measure_theft(_read_file_for_ever(folder))
-    cache_copy, cache_dequantize = _measure_cache(shape, repeats, clock)
+    moving = _measure_cache(shape, "ram", None, like, clock)
+    packing = _measure_cache(shape, "device", 4, like, clock)
     links = _measure_links(device, repeats, clock) if device.type != "cpu" else (None, None)
     return Hardware(
         layer_seconds=layer_seconds,
@@ -563,14 +574,17 @@ def measure_hardware(
         file_read=file_read,
         file_write=file_write,
         dequantize=grows * _measure_reads(copy, repeats, clock),
-        cache_copy=cache_copy,
-        cache_dequantize=cache_dequantize,
+        cache_copy=moving[0],
+        cache_dequantize=packing[0],
+        cache_quantize=packing[1],
+        chunk_seconds=moving[2],
+        packed_chunk_seconds=packing[2],
         read_steals=read_steals,
         dequantize_steals=dequantize_steals / grows,
         file_steals=file_steals,
         to_device=links[0],
         from_device=links[1],
-        ram_attention=None if device.type == "cpu" else cache_copy,
+        ram_attention=None if device.type == "cpu" else moving[0],
     )
 
 
@@ -773,20 +787,46 @@ def _measure_files(folder: Path, clock: Callable[[], float]) -> tuple[float, flo
         return _FILE_BYTES / (written - began), _FILE_BYTES / (clock() - started)
 
 
-def _measure_cache(shape: ModelShape, repeats: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """Return the bytes of keys and values a second that are put in place, as they are and from 4 bits."""
-    slots, batch, heads, size = 128, 16, shape.kv_heads, shape.head_dim
-    records = torch.randn(slots * batch, heads * size)
-    near, held = torch.empty(batch, heads, slots, size), quantize_rows(records)
-    rates = []
-    for bring in (lambda: records.clone(), lambda: dequantize_rows(held, heads * size)):
+def _measure_cache(
+    shape: ModelShape, tier: str, bits: int | None, like: torch.Tensor, clock: Callable[[], float]
+) -> tuple[float, float, float]:
+    """Return what a chunk of the cache takes on a tier, in so many bits, beyond one that stays as it is.
+
+    Bytes of keys and values a second that are brought, and that are put back, as they are computed with; and
+    the seconds of a chunk beside its bytes.
+    """
+    few, many = 1, 128
+    position = _BATCH * shape.position_bytes()
+
+    def time_chunk(tier: str, bits: int | None, before: int, rows: int) -> float:
+        cache = BatchCache([0] * _BATCH, before + rows, lambda _: tier, bits=bits, device=like.device)
+        size = (_BATCH, shape.kv_heads, before + rows, shape.head_dim)
+        states = torch.randn(size, dtype=like.dtype, device=like.device)
+        if before:
+            cache.update(states[:, :, :before], states[:, :, :before], 0)
+            cache.advance(before)
         seconds = []
-        for _ in range(repeats + 1):
+        for _ in range(_CHUNKS):
             began = clock()
-            near[:] = bring().view(slots, batch, heads, size).permute(1, 2, 0, 3)
+            cache.update(states[:, :, before:], states[:, :, before:], 0)
+            cache.settle(0)
+            if like.device.type == "cuda":
+                torch.cuda.synchronize(like.device)
             seconds.append(clock() - began)
-        rates.append(near.nbytes / statistics.median(seconds[1:]) * shape.value_bytes / 4)
-    return rates[0], rates[1]
+        cache.close()
+        return statistics.median(seconds)
+
+    least, brought, put_back = (
+        max(0.0, time_chunk(tier, bits, *case) - time_chunk("device", None, *case))
+        for case in ((few, few), (many, few), (few, many))
+    )
+    # A tenth of a microsecond a position: no rate is infinite.
+    more = (many - few) * position
+    return (
+        more / max(brought - least, 1e-7 * many),
+        more / max(put_back - least, 1e-7 * many),
+        least,
+    )
 
 
 def _measure_links(device: torch.device, repeats: int, clock: Callable[[], float]) -> tuple[float, float]:

@@ -299,15 +299,15 @@ class _Writer:
                         job.hidden = None  # the layer's input may go when the model lets it go
                         self._switch(job, layer + 1)
                         batch.cache.settle(layer)
-                        if not job.dead:
+                        if job.dead:
+                            batch.hidden.end()  # at once: the batches that follow need the room
+                        else:
                             batch.hidden.put_away(_hidden(job))
                     self._lending.take_back(layer)
             finally:
                 for job in jobs:
                     job.throw()
                 self._lending.take_back_all()
-        for batch in batches:
-            batch.hidden.end()
         self.report.passes += 1
 
     def _switch(self, job: _Job, layer: int) -> None:

@@ -17,6 +17,8 @@ from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.engine.cache import RowCache
 from t2iprobe.llm.engine.decoder import Decoder, LayerStore, Lending
 from t2iprobe.llm.memory.packing import Place, read_rest
+from t2iprobe.llm.memory.placement import Placement
+from t2iprobe.llm.memory.schedule import open_source, open_store
 from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource, Source
 from t2iprobe.llm.memory.store import WeightStore, choose_resident
 from t2iprobe.llm.models import LanguageModel, LanguageModelFiles, decoder_layers, load_without_layers
@@ -273,18 +275,22 @@ def load_blocks(
     device: str = "cpu",
     bits: int | None = None,
     memory: int | None = None,
+    placement: Placement | None = None,
 ) -> Blocks:
     """Load blocks first … last − 1 of a model, and nothing else of its layers.
 
     With `bits` (2, 3, 4 or 8) they are held in RAM so and dequantised in each pass; with `memory`, as many as
-    fit stay and the others are read from disk in each pass. Raises UserError for blocks that there are not,
-    and for a memory that is too small.
+    fit stay and the others are read from disk in each pass. A `placement` says all that itself, as it does
+    for blocks of prompts. Raises UserError for blocks that there are not, and for a memory that is too small.
     """
     packed = pack_model(files, dtype, device)
     if not 0 <= first < last <= len(packed.layers):
         raise UserError(f"{files.name} has blocks 0:{len(packed.layers)}, not {first}:{last}")
     rest = read_rest(packed)
     model = load_without_layers(files, rest, dtype=dtype, device=device, embeds=False)
+    if placement is not None:
+        span = open_source(packed, placement.weight_bits, layers=slice(first, last))
+        return _wrap(model, first, last, device, open_store(placement, span, device))
     source: Source = Part(DiskSource(packed), first, last)
     resident: Collection[int] = range(last - first)
     buffers = 2
@@ -297,9 +303,13 @@ def load_blocks(
                 f"blocks {first}:{last} take {held} bytes in {bits} bits: hold fewer, or give more"
             )
     elif memory is not None:
-        placement = choose_resident(_sizes(source), memory, 0)
-        resident, buffers = placement.resident, max(1, placement.buffers)
-    store = WeightStore(source, resident, buffers, device)
+        fit = choose_resident(_sizes(source), memory, 0)
+        resident, buffers = fit.resident, max(1, fit.buffers)
+    return _wrap(model, first, last, device, WeightStore(source, resident, buffers, device))
+
+
+def _wrap(model: LanguageModel, first: int, last: int, device: str, store: WeightStore) -> Blocks:
+    """Return blocks with their store, which is closed if that fails."""
     try:
         return Blocks(model, first, last, torch.device(device), store)
     except BaseException:

@@ -228,6 +228,22 @@ def test_four_bits_cost_dequantising_and_save_reading() -> None:
     assert stays.peak_bytes["device"] - goes.peak_bytes["device"] == 4 * shape.traffic(4)
 
 
+def test_a_chunk_costs_beside_its_bytes() -> None:
+    """By hand: 5 passes, 4 layers, 2 batches of 3; the first pass puts 10 positions away, the others 1."""
+    shape, workload = llama(), Workload(None, 10, 5)
+    slow = replace(
+        MACHINE, chunk_seconds=2.0, packed_chunk_seconds=3.0, cache_quantize=7.0, cache_dequantize=11.0
+    )
+    here = Placement(3, 2, HERE, HERE, HERE)
+    stays, moved = (forecast(shape, slow, workload, replace(here, cache=at)).seconds for at in (HERE, AWAY))
+    assert moved - stays == pytest.approx(5 * 4 * 2 * 2.0, rel=1e-3)
+    packed = forecast(shape, slow, workload, replace(here, cache_bits=4)).seconds
+    position = 3 * shape.position_bytes()
+    put_away, brought = (10 + 4 * 1) * position, 4 * 11.5 * position  # 11 to 14 positions, less the new one
+    expected = 4 * 2 * (5 * 3.0 + put_away / 7.0 + brought / 11.0)
+    assert packed - stays == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_device_of_its_own_is_fed_through_its_link() -> None:
     shape, workload = llama(), Workload(None, 10, 5)
     machine = replace(MACHINE, to_device=1e6, from_device=1e6, ram_attention=1e9)
@@ -262,6 +278,9 @@ def test_a_machine_is_measured_and_kept(llama: Path, packed: Packed, tmp_path: P
     assert set(found.layer_seconds) == set(found.end_seconds) == {1, 8}
     rates = (found.disk_read, found.file_read, found.dequantize, found.attention_flops, found.cache_copy)
     assert all(1e5 < rate < 1e18 for rate in rates)
+    assert 1e5 < found.cache_dequantize < 1e18
+    assert 1e5 < found.cache_quantize < 1e18
+    assert 0 < found.packed_chunk_seconds < 0.1  # a chunk of one row a text in 4 bits is never free
     assert 0 <= found.read_steals < 1e-5
     assert (found.to_device, found.ram_attention) == (None, None)
     assert hardware_from_json(hardware_to_json(found)) == found

@@ -334,6 +334,17 @@ def test_what_is_not_in_the_budget_is_refused_before_it_is_allocated(toy: Toy) -
         write(toy, placement, disk=None)
 
 
+def test_batches_that_are_through_leave_their_room_to_the_others(toy: Toy) -> None:
+    """Of hidden states that lie on the disk, one batch's are in memory at a time, also in the last layer."""
+    prompts = [torch.arange(2, 9) + number for number in range(8)]
+    taken = []
+    for share in (DEVICE, DISK):
+        ledger = Ledger()
+        write(toy, make_placement(2, 4, hidden=share), prompts, ledger=ledger)
+        taken.append(ledger.report()["device"]["hidden states"])
+    assert taken[0] == 4 * taken[1]
+
+
 def test_batches_hold_prompts_of_like_lengths() -> None:
     lengths = [9, 1, 8, 2, 7, 3, 30, 30, 1]
     windows = list(arrange(lengths, 2, 2))

@@ -9,6 +9,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.memory.packing import pack_layers, read_rest
+from t2iprobe.llm.memory.placement import Placement, Shares
 from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource
 from t2iprobe.llm.memory.store import WeightStore
 from t2iprobe.llm.models import decoder_layers, find_language_model, load_without_layers
@@ -115,6 +116,30 @@ def test_the_gradient_is_that_of_the_whole_model(family, how, tmp_path):
         assert all(each.is_meta for each in decoder_layers(blocks.model).parameters())
     finally:
         blocks.close()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("device", [0.0, 0.5, 1.0])
+def test_a_placement_says_where_the_blocks_lie(bits, device, tmp_path):
+    """The same object that blocks of prompts and a speculative target have."""
+    files = find_language_model(str(save_toy(tmp_path / "toy", make_toy())))
+    here = Shares(1, 0, 0)
+    placement = Placement(4, 2, Shares(device, 0, 1 - device), here, here, weight_bits=bits)
+    blocks = load_blocks(files, 1, 3, dtype="float64", placement=placement)
+    source = DiskSource(pack_model(files, "float64"))
+    store = WeightStore(source if bits is None else QuantizedSource(source, bits), range(3))
+    whole = Blocks(make_toy(), 0, 3, CPU, store)
+    try:
+        hidden = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        mask, positions = torch.ones(2, 5, 5, dtype=torch.bool).tril(), torch.arange(5).expand(2, -1)
+        expected = whole.forward(hidden, positions, mask, range(1, 3))
+        torch.testing.assert_close(blocks.forward(hidden, positions, mask, range(1, 3)), expected)
+        assert (blocks.store.counters.bytes_used > 0) == (device < 1)
+        if bits is None:
+            assert len(blocks.store.resident) == int(2 * device)
+    finally:
+        blocks.close()
+        whole.close()
 
 
 def test_a_slot_is_counted_as_it_is():
