@@ -178,9 +178,9 @@ def run_turns(bench: Bench, kept: Kept) -> None:
             tell(f"the machine, turn {turn + 1} of {options.turns}")
             kept.put(f"{turn}/hardware", hardware_to_json(measure(bench)))
         hardware = hardware_from_json(kept[f"{turn}/hardware"]).behind_link(bench.link)
-        if "sizes" not in kept:
-            kept.put("sizes", choose_sizes(bench, hardware))
-            kept.put("policies", choose_policies(bench, hardware))
+        for part, choose in (("sizes", choose_sizes), ("policies", choose_policies)):
+            if part not in kept:
+                kept.put(part, choose(bench, hardware))
         contestants = enter(bench, kept, hardware, offloaded)
         names = list(contestants)
         begin = turn % len(names)
@@ -239,42 +239,33 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
     of next to no weights.
     """
     options, out = bench.options, bench.options.work / "memory.jsonl"
-    words = [
-        "llm",
-        "generate",
-        "--throughput",
-        "--json",
-        "--prompts",
-        str(options.prompts),
-        "--device",
-        "cpu",
-    ]
+    words = ["llm", "generate", "--throughput", "--json", "--device", "cpu"]
+    words += ["--prompts", str(options.prompts)]
     words += ["--max-new-tokens", str(options.policy_tokens), "--memory", str(bench.budget)]
     words += ["--link", str(round(bench.link)), "--dtype", options.dtype, "--out", str(out)]
     small = save_weightless(options.model, options.work / "weightless")
-    found = {}
+    kept = Kept(options.work / "memory.json")
     for name, model, more in (
         ("weightless", str(small), ()),
         ("float32", options.model, ()),
         ("4 bits", options.model, ("--bits", "4")),
     ):
+        if name in kept:
+            continue
         tell(f"the memory of the command, {name}")
         out.unlink(missing_ok=True)
         made = run_command([*words, "--model", model, *more])
         if made["status"]:
             raise UserError(f"the command failed: {made['error'][-1000:]}")
         told = json.loads(made["output"])
-        found[name] = {
-            "peak_bytes": made["peak_bytes"],
-            "ledger_bytes": told["peak_bytes"]["device"],
-            "tokens_per_second": told["tokens_per_second"],
-            "predicted_tokens_per_second": told["predicted_tokens_per_second"],
-            "placement": told["placement"],
-        }
-    for each in found.values():
-        each["grown_bytes"] = each["peak_bytes"] - found["weightless"]["peak_bytes"]
-    del found["weightless"]
-    return found
+        taken = {"peak_bytes": made["peak_bytes"], "ledger_bytes": told["peak_bytes"]["device"]}
+        kept.put(name, taken | {"placement": told["placement"]})
+    base = kept["weightless"]["peak_bytes"]
+    return {
+        name: each | {"grown_bytes": each["peak_bytes"] - base}
+        for name, each in kept.items()
+        if name != "weightless"
+    }
 
 
 def cut_texts(engine: Engine, path: Path, size: int, count: int) -> list[torch.Tensor]:
@@ -327,9 +318,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         bench = make_bench(options, plain)
         if options.part in ("all", "turns"):
             run_turns(bench, kept)
-        if options.part in ("all", "memory") and "memory" not in kept:
-            kept.put("memory", measure_memory(bench))
-        found = compare(kept, bench.budget)
+        memory = measure_memory(bench) if options.part in ("all", "memory") else {}
+        found = compare(kept | {"memory": memory}, bench.budget)
         nbytes = [sum(file.nbytes for file in bench.packed.layers), bench.packed.rest.nbytes]
         return found | {
             "verdicts": judge(found),

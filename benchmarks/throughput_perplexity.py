@@ -3,9 +3,9 @@
     python benchmarks/throughput_perplexity.py [--work DIR] [--json FILE] [--texts 32] [--tokens 256]
 
 Two kinds of text, read where they are installed: Python's own reference (`pydoc_data.topics`, PSF licence),
-and WordNet's glosses with their examples. Cut into texts of one length, they are read a few rows at a time,
-so that all but the nearest keys and values come from the cache as it is held. Killed, the same command
-continues.
+and WordNet's glosses of the nouns in ImageNet's hierarchy. Cut into texts of one length, they are read a few
+rows at a time, so that all but the nearest keys and values come from the cache as it is held. Killed, the
+same command continues.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def read_reference() -> str:
 
 
 def read_glosses() -> str:
-    """Return a line for each of WordNet's nouns: what it is, and how it is used."""
-    from t2iprobe.wordnet import reader
+    """Return a line for each noun of ImageNet's hierarchy: what it is, and how it is used."""
+    from t2iprobe.hypernymy.hierarchy import Hierarchy
+    from t2iprobe.wordnet import synset
 
     lines = []
-    for word in sorted(reader().all_synsets("n"), key=lambda each: each.name()):
+    for word in map(synset, Hierarchy.imagenet().all_synsets):
         uses = "".join(f" “{example}”" for example in word.examples())
         lines.append(f"{word.lemma_names()[0].replace('_', ' ')}: {word.definition()}.{uses}")
     return "\n".join(lines)
@@ -154,8 +155,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     for corpus, read in CORPORA.items():
         missing = [kind for kind in KINDS if f"{corpus}/{kind}" not in kept]
         if missing:
-            # Enough of it: tokenising all of WordNet takes long.
-            ids = tokenizer(read()[: 40 * options.texts * options.tokens]).input_ids
+            enough = read()[: 40 * options.texts * options.tokens]
+            ids = tokenizer(enough, verbose=False).input_ids
             texts = cut(ids, options.texts, options.tokens)
         for kind in missing:
             tell(f"{corpus}: {kind}")
