@@ -74,12 +74,12 @@ class Fingerprints:
         block = [part.tobytes() for part in parts]
         return [*block[:2], digests, *block[2:]], Counter(without_signature=len(rows) - sum(signed))
 
-    def _hash(self, shingles: list[str]) -> Hashes:
+    def _hash(self, shingles: list[bytes]) -> Hashes:
         if self.hasher == "sha1":
             return hash_shingles(shingles)
-        return np.fromiter((zlib.crc32(each.encode()) for each in shingles), np.uint32)
+        return np.fromiter((zlib.crc32(each) for each in shingles), np.uint32)
 
-    def _sign(self, sets: list[list[str]], hashes: list[Hashes]) -> Hashes:
+    def _sign(self, sets: list[list[bytes]], hashes: list[Hashes]) -> Hashes:
         if self.hasher == "sha1":
             return compute_signatures(hashes)
         from rensa import RMinHash
@@ -195,7 +195,7 @@ def check_choices(bands: str, hasher: str) -> dict[str, Any]:
     for word, known in ((bands, ("sure", "published")), (hasher, ("sha1", "rensa"))):
         if word not in known:
             raise UserError(
-                f"no such choice: {word!r}{suggest(word, known)}; there are {' and '.join(known)}"
+                f"no choice {word!r}{suggest(word, known)}; there are {' and '.join(known)}"
             )
     if hasher == "rensa" and not importlib.util.find_spec("rensa"):
         raise UserError("the hasher rensa is a package of its own: pip install t2iprobe[corpus]")

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,22 +17,25 @@ SHINGLE = 13  # words, as published: a text that is shorter has no signature
 SIMILARITIES = (1.0, 0.9, 0.8, 0.7)
 _SEED = 42
 _PRIME = (1 << 61) - 1
-_ROWS_AT_ONCE = 512  # shingles whose permutations stay in the processor's cache
+_ALMOST = np.uint64((_PRIME - 7) << 3)  # from where on three bits more may reach the prime
+_ROWS_AT_ONCE = 64  # shingles whose permutations stay in the processor's cache
 
 Hashes = NDArray[np.uint32]
 
 
-def shingle(words: Sequence[str], text: str, size: str | int) -> list[str]:
+def shingle(words: Sequence[str], text: str, size: str | int) -> list[bytes]:
     """Return the distinct shingles of a text: `size` words in a row, or characters for ``char-5``.
 
     A text shorter than a shingle has none.
     """
     if isinstance(size, str):
-        count, runs = int(size.removeprefix("char-")), text
-        return list({runs[place : place + count] for place in range(len(runs) - count + 1)})
-    if size == 1:
-        return list(set(words))
-    return list(set(map(" ".join, zip(*(words[start:] for start in range(size)), strict=False))))
+        count = int(size.removeprefix("char-"))
+        return list({text[place : place + count].encode() for place in range(len(text) - count + 1)})
+    encoded = list(map(str.encode, words))
+    # Cut out of the words' line, which is faster than joining the words of each.
+    line = b" ".join(encoded)
+    ends = list(itertools.accumulate(len(word) + 1 for word in encoded))
+    return list({line[start : end - 1] for start, end in zip([0, *ends], ends[size - 1 :], strict=False)})
 
 
 def read_size(text: str | int) -> str | int:
@@ -43,9 +47,9 @@ def read_size(text: str | int) -> str | int:
     return given if given.startswith("char-") else int(given)
 
 
-def hash_shingles(shingles: Iterable[str]) -> Hashes:
+def hash_shingles(shingles: Iterable[bytes]) -> Hashes:
     """Return the first four bytes of each one's SHA-1, read as a little-endian number."""
-    joined = b"".join([hashlib.sha1(text.encode()).digest()[:4] for text in shingles])
+    joined = b"".join([hashlib.sha1(each).digest()[:4] for each in shingles])
     return np.frombuffer(joined, "<u4").astype(np.uint32)
 
 
@@ -63,38 +67,30 @@ def compute_signatures(hashes: Sequence[Hashes], permutations: int = PERMUTATION
     """Return the signatures [texts, permutations] of texts' hashed shingles, of which each has one or more.
 
     A permutation is ``((h·a + b) mod 2**61 − 1) mod 2**32``, where h·a + b wraps at 2**64 as in the published
-    code. The shingles of all texts are permuted together: a caption alone would be all overhead.
+    code.
     """
-    if not len(hashes):
-        return np.empty((0, permutations), np.uint32)
     a, b = _permutations(permutations)
-    every = np.concatenate(hashes).astype(np.uint64)
-    starts = np.cumsum([0, *map(len, hashes[:-1])])
     signatures = np.full((len(hashes), permutations), np.uint32(0xFFFFFFFF))
-    for begin in range(0, len(every), _ROWS_AT_ONCE):
-        permuted = _permute(every[begin : begin + _ROWS_AT_ONCE], a, b)
-        end = begin + len(permuted)
-        first = int(np.searchsorted(starts, begin, "right")) - 1
-        last = int(np.searchsorted(starts, end, "left"))
-        cuts = np.maximum(starts[first:last] - begin, 0)
-        least = np.minimum.reduceat(permuted, cuts, axis=0)
-        np.minimum(signatures[first:last], least, out=signatures[first:last])
+    for signature, own in zip(signatures, hashes, strict=True):
+        for begin in range(0, len(own), _ROWS_AT_ONCE):
+            permuted = _permute(own[begin : begin + _ROWS_AT_ONCE].astype(np.uint64), a, b)
+            np.minimum(signature, permuted.min(axis=0), out=signature)
     return signatures
 
 
 def _permute(hashes: NDArray[np.uint64], a: NDArray[np.uint64], b: NDArray[np.uint64]) -> Hashes:
     values = hashes[:, None] * a
     values += b
-    halves = values.view(np.uint32).reshape(*values.shape, 2)  # low, high: numpy's order here
-    low, high = (halves[..., 0], halves[..., 1]) if np.little_endian else (halves[..., 1], halves[..., 0])
-    # 2**61 ≡ 1, so the three highest bits are added to the rest; only the low 32 bits of that are kept.
-    reduced = low + (high >> np.uint32(29))
-    # The sum may reach the prime once in 2**58 numbers: then subtract it, which adds 1 to the low bits.
-    full = (high | np.uint32(0xE0000000)) == np.uint32(0xFFFFFFFF)
-    if full.any():
-        for place in zip(*np.nonzero(full), strict=True):
-            reduced[place] = (int(values[place]) % _PRIME) & 0xFFFFFFFF
-    return reduced
+    # 2**61 ≡ 1, so the three highest bits are added to the rest; only the low 32 bits of the sum are kept.
+    reduced = values >> np.uint64(61)
+    reduced += values
+    kept = reduced.astype(np.uint32)
+    # The sum may reach the prime once in 2**58 numbers: then that is subtracted.
+    np.left_shift(values, np.uint64(3), out=reduced)
+    if reduced.max() >= _ALMOST:
+        for place in zip(*np.nonzero(reduced >= _ALMOST), strict=True):
+            kept[place] = (int(values[place]) % _PRIME) & 0xFFFFFFFF
+    return kept
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,10 @@ def sure_bands(similarity: float, recall: float = 0.99, permutations: int = PERM
 
 def cut_bands(signature: Hashes, bands: Bands) -> list[bytes]:
     """Return the bands of a signature [permutations], each number as four big-endian bytes."""
-    whole = signature.astype(">u4").tobytes()
+    return _cut(signature.astype(">u4").tobytes(), bands)
+
+
+def _cut(whole: bytes, bands: Bands) -> list[bytes]:
     width = 4 * bands.rows
     return [whole[place * width : (place + 1) * width] for place in range(bands.count)]
 
@@ -159,7 +158,7 @@ def band_rows(
         if not there:
             rows.append(dict.fromkeys(bands))
             continue
-        signature = signatures[place]
-        rows.append({name: [band.hex() for band in cut_bands(signature, cut)] for name, cut in bands.items()})
+        whole = signatures[place].astype(">u4").tobytes()
+        rows.append({name: [band.hex() for band in _cut(whole, cut)] for name, cut in bands.items()})
         place += 1
     return rows

@@ -10,7 +10,7 @@ import math
 import re
 import string
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,12 +26,13 @@ PRECISION = 8  # decimals that scores are rounded to
 
 _ASSETS = Path(__file__).parents[2] / "assets" / "corpus"
 _RAW_WORD = re.compile(r"\w+|[^\w\s]+")  # what nltk's WordPunctTokenizer finds
+_ASCII_WORD = re.compile(r"[a-zA-Z0-9_]+|[^a-zA-Z0-9_\s]+")  # the same in ASCII, faster
 _SENTENCE = re.compile(r"\b[^.!?]+[.!?]*")
-_FIRST_LETTER = re.compile(r"[a-zA-Z][^\n]*")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _UPPERCASE, _DIGITS = string.ascii_uppercase.encode(), string.digits.encode()
 _ASCII_PUNCTUATION = string.punctuation.encode()
+_NO_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()) - {10})
 _LOWER = bytes.maketrans(_UPPERCASE, string.ascii_lowercase.encode())
 _ELLIPSES = ("...", "…")
 _TERMINAL = (".", "!", "?", "”")
@@ -89,7 +90,7 @@ class Document:
             self.lines.append((line, start, start + len(line), words))
             self.words += words
             start += len(line)
-        self.raw_words = _RAW_WORD.findall(text)
+        self.raw_words = (_ASCII_WORD if text.isascii() else _RAW_WORD).findall(text)
         self.counts = Counter(self.words)
 
 
@@ -142,13 +143,13 @@ def _content_scores(document: Document, rules: Rules, domain: str | None) -> dic
 
 def _count_blocked(document: Document, language: str) -> int:
     """Count the n-grams that are on the blocklist. Only words that begin an entry are looked at."""
-    openings = _blocked_by_first_word(language)
+    openings, counts = _blocked_by_first_word(language), document.counts
     words, count = document.words, 0
-    for word in openings.keys() & document.counts.keys():
+    for word in filter(openings.__contains__, counts):
         for entry in openings[word]:
             if len(entry) == 1:
-                count += document.counts[word]
-            else:
+                count += counts[word]
+            elif all(map(counts.__contains__, entry)):
                 count += sum(
                     words[place : place + len(entry)] == entry
                     for place, found in enumerate(words)
@@ -169,7 +170,8 @@ def _blocked_by_first_word(language: str) -> dict[str, list[list[str]]]:
 def _language_scores(document: Document) -> dict[str, float | None]:
     text, words, raw = document.text, document.words, document.raw_words
     symbols = text.count("#") + text.count("...") + text.count("…")
-    with_letter = len(_FIRST_LETTER.findall("\n".join(raw)))
+    # Of the words only their ASCII letters are left; those that are left are counted.
+    with_letter = len("\n".join(raw).encode("ascii", "ignore").translate(None, _NO_LETTERS).split())
     ends = sum(line.rstrip().endswith(_ELLIPSES) for line, *_ in document.lines)
     return {
         "rps_doc_frac_all_caps_words": _share(sum(map(str.isupper, raw)), len(raw)),
@@ -206,16 +208,16 @@ def _repetition_scores(document: Document) -> dict[str, float | None]:
     lengths = list(map(len, words))
     total = sum(lengths)
     scores: dict[str, float | None] = {}
-    counts = document.counts
-    kind: dict[int, Any] = {place: word for place, word in enumerate(words) if counts[word] > 1}
+    repeated = {word for word, count in document.counts.items() if count > 1}
+    kind: dict[int, Any] = {place: word for place, word in enumerate(words) if word in repeated}
     for n in range(2, 11):
         if not kind:
             scores[_repetition_name(n)] = 0.0
             continue
-        groups: dict[tuple[Any, str], list[int]] = {}
+        groups: defaultdict[tuple[Any, str], list[int]] = defaultdict(list)
         for place, shorter in kind.items():
-            if place + n <= len(words):
-                groups.setdefault((shorter, words[place + n - 1]), []).append(place)
+            if place + n <= len(words) and (last := words[place + n - 1]) in repeated:
+                groups[shorter, last].append(place)
         again = ((place, places[0]) for places in groups.values() if len(places) > 1 for place in places)
         kind = dict(sorted(again))  # in the text's order: the first among equals is found first
         if n <= 4:

@@ -209,6 +209,9 @@ def _continue(file: IO[bytes], beside: Path, settings: dict[str, Any]) -> State:
     return state
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+
+
 def dump_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Return rows as JSON lines."""
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    return b"".join(_encode(row).encode() + b"\n" for row in rows)

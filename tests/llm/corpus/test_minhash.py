@@ -52,16 +52,18 @@ def test_a_sum_that_reaches_the_prime_is_reduced() -> None:
 def test_shingles_are_hashed_by_the_first_bytes_of_sha1() -> None:
     digest = hashlib.sha1("naïve café".encode()).digest()
 
-    assert hash_shingles(["naïve café"]).tolist() == [int.from_bytes(digest[:4], "little")]
+    assert hash_shingles(["naïve café".encode()]).tolist() == [int.from_bytes(digest[:4], "little")]
 
 
 def test_shingles_of_words_and_of_characters() -> None:
     words = ["a", "b", "a", "b", "c"]
 
-    assert sorted(shingle(words, "", 1)) == ["a", "b", "c"]
-    assert sorted(shingle(words, "", 2)) == ["a b", "b a", "b c"]
+    assert sorted(shingle(words, "", 1)) == [b"a", b"b", b"c"]
+    assert sorted(shingle(words, "", 2)) == [b"a b", b"b a", b"b c"]
+    assert shingle(words, "", 5) == [b"a b a b c"]
+    assert sorted(shingle(["é", "漢", "x"], "", 2)) == ["é 漢".encode(), "漢 x".encode()]
     assert shingle(words, "", 6) == []
-    assert sorted(shingle([], "abab", "char-3")) == ["aba", "bab"]
+    assert sorted(shingle([], "abab", "char-3")) == [b"aba", b"bab"]
     assert shingle([], "ab", "char-3") == []
 
 
