@@ -62,6 +62,7 @@ def test_moves_end_and_never_make_a_hole(seed):
     assert (after > 0).sum() >= (before > 0).sum()
 
 
+@pytest.mark.slow
 def test_so_it_is_with_two_hundred_servers():
     rng = np.random.default_rng(0)
     blocks = 24

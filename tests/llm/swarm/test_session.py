@@ -266,6 +266,7 @@ def test_a_server_that_goes_is_replaced_at_any_step(servers, toy, plain, watch, 
             assert counters.replayed_tokens == sum(positions)
 
 
+@pytest.mark.slow
 def test_two_at_once_and_the_replacement_too(servers, toy, plain, watch):
     pool = start_pairs(servers, "0:3", "3:6", "0:3", "3:6", "0:6")
     with watch(Client(toy, pool[0].address)) as client:
@@ -311,6 +312,7 @@ def test_a_replacement_that_dies_while_it_reads_again_is_replaced(servers, toy, 
         assert client.counters.reroutes == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_joins_late_with_other_borders_saves_the_text(servers, toy, plain, watch):
     pool = start_pairs(servers, "1:4", "3:6")
     with watch(Client(toy, pool[0].address)) as client:
