@@ -422,10 +422,11 @@ def _count_bytes(
     fixed = shape.rest_bytes + chunks * chunk + len(batches) * hidden + kept + work
     # What is held in 4 bits is computed with as it was, wherever it lies.
     fixed += near if cache_bits else 0
+    # Hidden states that drift: one batch's in use, the next one's coming, two that are being written.
     moves = ON_THEIR_WAY * chunk + (0 if cache_bits else near)
     device = {
         "cache_ram": -chunk, "cache_disk": -chunk, "moves": moves,
-        "hidden_ram": -hidden, "hidden_disk": -hidden, "drifts": 2 * hidden,
+        "hidden_ram": -hidden, "hidden_disk": -hidden, "drifts": 4 * hidden,
     }  # fmt: skip
     ram = {"weights_ram": traffic, "cache_ram": chunk, "hidden_ram": hidden}
     if weight_bits is None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.drafts import LookupDraft
 from t2iprobe.llm.engine.generation import Generated, Trees, generate
 from t2iprobe.llm.engine.processing import Sampling
-from t2iprobe.llm.memory import schedule
+from t2iprobe.llm.memory import schedule, tiers
+from t2iprobe.llm.memory.cost import Hardware, ModelShape, Workload, count_costs, count_placed
 from t2iprobe.llm.memory.ledger import Ledger
 from t2iprobe.llm.memory.packing import Packed, pack_layers, read_rest
 from t2iprobe.llm.memory.placement import Placement, Shares
@@ -343,6 +345,28 @@ def test_batches_that_are_through_leave_their_room_to_the_others(toy: Toy) -> No
         write(toy, make_placement(2, 4, hidden=share), prompts, ledger=ledger)
         taken.append(ledger.report()["device"]["hidden states"])
     assert taken[0] == 4 * taken[1]
+
+
+def test_a_slow_disk_needs_no_more_than_the_planner_counts(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states of four batches at most: one in use, one coming, two being written."""
+    write_now = tiers._File._write
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.002)
+        write_now(*arguments)
+
+    monkeypatch.setattr(tiers._File, "_write", write_slowly)
+    prompts = [torch.arange(2, 9) + number for number in range(12)]
+    placement, ledger = make_placement(2, 6, hidden=DISK), Ledger()
+    write(toy, placement, prompts, ledger=ledger)
+    names = ledger.report()["device"]
+    assert names["hidden states"] < names["between memory and disk"] <= 3 * names["hidden states"]
+    shape = ModelShape.from_model(toy.empty(), toy.packed)
+    machine = Hardware({1: 1.0}, {1: 1.0}, *[1.0] * 9)
+    costs = count_costs(shape, machine, Workload(12, 7, NEW), [2] * 6)
+    assert ledger.peak["device"] + shape.rest_bytes <= costs.nbytes["device"] @ count_placed(
+        placement, shape.layers, 6
+    )
 
 
 def test_batches_hold_prompts_of_like_lengths() -> None:
