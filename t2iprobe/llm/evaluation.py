@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,21 +236,24 @@ def _task_manager(names: Sequence[str]) -> Any:
 @contextlib.contextmanager
 def be_quiet() -> Iterator[None]:
     """Silence the harness's bars and warnings for a while: progress is told task by task."""
-    names = ("lm_eval", "lm-eval", "datasets")
-    loggers = [logging.getLogger(name) for name in names]
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def begin_silently(bar: Any, *arguments: Any, **settings: Any) -> None:
+        begin(bar, *arguments, **settings | {"disable": True})
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
-    before = os.environ.get("TQDM_DISABLE")
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
-        # The harness describes the machine in its results: seconds each time, and not kept here.
-        with mock.patch("torch.utils.collect_env.get_pretty_env_info", str):
+        with (
+            mock.patch.object(tqdm, "__init__", begin_silently),
+            # The harness describes the machine in its results: seconds each time, and not kept here.
+            mock.patch("torch.utils.collect_env.get_pretty_env_info", str),
+        ):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if before is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        else:
-            os.environ["TQDM_DISABLE"] = before

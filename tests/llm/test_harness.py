@@ -221,6 +221,23 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_cannot_be_had_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
+    words = ["llm", "evaluate", "--tasks", "hellaswag", "--model", str(target), "--draft", "none"]
+    with pytest.raises(UserError, match="the data of the task 'hellaswag' cannot be had here: "):
+        CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_the_harness_is_quiet(target: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from t2iprobe.llm.evaluation import evaluate, plan_tasks
+
+    with load_engine(str(target), "none", dtype="float64") as engine:
+        capfd.readouterr()
+        found = evaluate(engine, plan_tasks(["t2iprobe_wn_trap"]), tmp_path / "out", limit=3)
+    assert capfd.readouterr() == ("", "")
+    assert found["factuality"] is None
+    assert found["results"]["t2iprobe_wn_trap"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+
+
 def test_the_plan_names_what_is_left_out(tmp_path: Path) -> None:
     words = [
         "llm",
