@@ -67,7 +67,7 @@ def test_probabilities_are_those_of_plain_forwards(engine: Any, method: str, sho
     def score(text: str) -> list[float]:
         losses = []
         for label in DATA.labels:
-            written = [("is {}.".format(b), "text: " + a) for a, b in [*demonstrations, (text, label)]]
+            written = [(f"is {b}.", "text: " + a) for a, b in [*demonstrations, (text, label)]]
             if method != "channel":
                 written = [(b, a) for a, b in written]
             context = "".join(f"{a} {b}\n" for a, b in written[:-1])
@@ -154,7 +154,8 @@ def test_a_csv_is_read_and_bad_ones_are_refused(tmp_path: Path) -> None:
 def test_glosses_have_their_classes() -> None:
     data = load_labelled("wordnet")
     assert len(data.labels) == 25
-    assert ("Animal" in data.labels) and ("Tops" not in data.labels)
+    assert "Animal" in data.labels
+    assert "Tops" not in data.labels
     assert not set(data.train) & set(data.test)
 
 
