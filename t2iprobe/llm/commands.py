@@ -231,7 +231,7 @@ def make_draft(name: str, engine: Engine) -> Draft | None:
     if not Path(name).expanduser().is_dir() and "/" not in name:
         known = ("student", "early-exit:4", "lookup", "copy:4", "none")
         raise UserError(f"there is no draft {name!r}: choose {', '.join(DRAFTS)}{suggest(name, known)}")
-    return ModelDraft(_load_smaller(engine, name))
+    return ModelDraft(_load_smaller(engine, name), engine.target.vocabulary)
 
 
 def _number(name: str, value: str, least: int) -> int:

@@ -3,12 +3,14 @@
 A draft answers the requests of growing trees (`growth.py`) for all prompts of a batch at once.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.processing import Processing
@@ -56,13 +58,17 @@ def histories(text: Tensor, tree: DraftTree, nodes: Tensor) -> list[Tensor]:
 
 
 class ModelDraft:
-    """A smaller model with the target's vocabulary."""
+    """A smaller model with the target's tokenizer.
+
+    `vocabulary` is the target's number of logits, where padding makes it another than the draft's own: the
+    draft never guesses tokens that it lacks, and reads its last one in their place.
+    """
 
     knows_all = True
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, vocabulary: int | None = None) -> None:
         self.decoder = decoder
-        self.vocabulary, self.context_length = decoder.vocabulary, decoder.context_length
+        self.vocabulary, self.context_length = vocabulary or decoder.vocabulary, decoder.context_length
         self.passes = 0
 
     def begin(self, texts: Sequence[Tensor]) -> None:
@@ -81,7 +87,8 @@ class ModelDraft:
         for request, own in zip(requests, logits, strict=True):
             text = self._texts[request.row]
             paths = histories(text, request.tree, request.nodes) if processing.reads_history else ()
-            found.append(processing(own, paths))
+            missing = self.vocabulary - own.shape[1]  # below 0, padding is cut off
+            found.append(processing(functional.pad(own, (0, missing), value=-math.inf), paths))
         return found
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
@@ -89,7 +96,7 @@ class ModelDraft:
         new = [text[:0] for text in self._texts]
         for request in requests:
             text = self._texts[request.row]
-            new[request.row] = text[self._cache.lengths[request.row] :]
+            new[request.row] = self._known(text[self._cache.lengths[request.row] :])
             self._slots[request.row] = {}
         _, logits = self.decoder.prefill(new, self._cache)
         return [logits[request.row][None] for request in requests]
@@ -109,8 +116,11 @@ class ModelDraft:
             slots.update((int(node), pending + place) for place, node in enumerate(nodes))
             known = torch.tensor(list(slots))  # all but the root, which is committed
             seen[row][:own, torch.tensor(list(slots.values()))] = tree.ancestors()[nodes][:, known]
-        logits = self.decoder.forward(tokens, positions, seen, self._cache)
+        logits = self.decoder.forward(self._known(tokens), positions, seen, self._cache)
         return [logits[request.row, : len(request.nodes)] for request in requests]
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        return tokens.clamp(max=self.decoder.vocabulary - 1)
 
     def accept(self, row: int, tree: DraftTree, path: Sequence[int], token: int) -> None:
         """Keep the rows of the accepted nodes that were expanded."""

@@ -31,12 +31,14 @@ def make_drafts(target: Any) -> dict[str, Callable[[], Any]]:
         "good": lambda: ModelDraft(Decoder(blur(target))),
         "bad": lambda: ModelDraft(Decoder(make_toy(9))),
         "itself": lambda: ModelDraft(Decoder(target)),
+        "padded": lambda: ModelDraft(Decoder(make_toy(9, vocabulary=VOCABULARY + 8)), VOCABULARY),
+        "cut": lambda: ModelDraft(Decoder(make_toy(9, vocabulary=VOCABULARY - 20)), VOCABULARY),
         "lookup": lambda: LookupDraft(VOCABULARY),
         "none": lambda: None,
     }
 
 
-@pytest.mark.parametrize("name", ["good", "bad", "itself", "lookup", "none"])
+@pytest.mark.parametrize("name", ["good", "bad", "itself", "padded", "cut", "lookup", "none"])
 def test_greedy_text_is_the_targets_own(name: str) -> None:
     target = make_toy()
     wanted = [write_plainly(target, prompt, 25) for prompt in PROMPTS]
@@ -49,6 +51,19 @@ def test_greedy_text_is_the_targets_own(name: str) -> None:
             assert all(each.rounds[0] == 6 for each in found)
         if trees.growth == "none" or name == "none":
             assert all(each.target_passes == 25 and each.draft_passes == 0 for each in found)
+
+
+def test_a_padded_vocabulary_changes_no_guess() -> None:
+    target, padded = make_toy(), make_toy(vocabulary=VOCABULARY + 8)
+    kept = {name: weight for name, weight in target.state_dict().items() if weight.shape[:1] != (VOCABULARY,)}
+    padded.load_state_dict(kept, strict=False)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        padded.get_parameter(name)[:VOCABULARY] = target.get_parameter(name)
+        padded.get_parameter(name)[VOCABULARY:] *= 9  # guessed, if they could be
+    trees = Trees("chain", 5)
+    draft = ModelDraft(Decoder(padded), VOCABULARY)
+    (made,) = generate(Decoder(target), draft, PROMPTS[:1], trees=trees, max_new_tokens=24)
+    assert made.rounds == [6] * 4
 
 
 def test_a_good_draft_saves_passes() -> None:
