@@ -35,12 +35,12 @@ def correlate_ranks(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     """Return Spearman's ρ and Kendall's τ-b of paired scores [N]; NaN where one of them is constant."""
     from scipy.stats import kendalltau, spearmanr
 
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan"), float("nan")
-    return float(spearmanr(a, b).statistic), float(kendalltau(a, b).statistic)
+    return float(spearmanr(x, y).statistic), float(kendalltau(x, y).statistic)
 
 
 def rank_agreement(scores: ArrayLike) -> dict[str, Any]:

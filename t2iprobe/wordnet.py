@@ -4,9 +4,10 @@ import hashlib
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from t2iprobe.errors import UserError, suggest
 
@@ -69,7 +70,8 @@ def wnid(synset: "Synset") -> str:
     return f"{synset.pos()}{synset.offset():08d}"
 
 
-class TaggedSense(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TaggedSense:
     """A sense of a word that was met in WordNet's tagged texts, and how often; `sense` counts from 1."""
 
     lemma: str

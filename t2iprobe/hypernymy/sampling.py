@@ -177,7 +177,7 @@ def _average(
     import torch
 
     return tuple(
-        None if column[0] is None else torch.stack(column).mean(dim=0)  # type: ignore[arg-type]
+        None if column[0] is None else torch.stack(column).mean(dim=0)
         for column in zip(*embeddings, strict=True)
     )
 

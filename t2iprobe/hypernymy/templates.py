@@ -84,7 +84,9 @@ def _singles(templates: Sequence[str]) -> list[str]:
     return [template for template in templates if template != MEAN]
 
 
-def measure_templates(probabilities: Floats, subtrees: np.ndarray, normaliser: float) -> dict[str, Floats]:
+def measure_templates(
+    probabilities: np.ndarray, subtrees: np.ndarray, normaliser: float
+) -> dict[str, Floats]:
     """Return isp, scs and hit [S] from class probabilities [S, N, C] and subtrees bool [S, C].
 
     `hit` is the share of pictures whose likeliest class lies in the subtree. SCS is NaN where the subtree

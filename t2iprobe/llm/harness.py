@@ -136,7 +136,7 @@ class EngineLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
         began = time.perf_counter()
         pairs: list[Request] = [(context, continuation) for _, context, continuation in requests]

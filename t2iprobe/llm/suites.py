@@ -97,8 +97,7 @@ def read_metric(metrics: Mapping[str, Any], name: str, scale: float = 1.0) -> tu
     if key is None:
         raise KeyError(name)
     error = metrics.get(f"{name}_stderr,{key.partition(',')[2]}")
-    known = isinstance(error, int | float)
-    return metrics[key] / scale, error / scale if known else None
+    return metrics[key] / scale, error / scale if isinstance(error, int | float) else None
 
 
 def aggregate(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:

@@ -94,7 +94,7 @@ def draw_dots(
     rows: Iterable[tuple[str, float, float, Sequence[float] | None]],
 ) -> Chart:
     """Return a chart of rows (name, value ●, reference ○, interval)."""
-    placed = [
+    placed: list[dict[str, Any]] = [
         {"name": name, "after": value, "before": reference, "interval": interval, "significant": True}
         for name, value, reference, interval in rows
     ]

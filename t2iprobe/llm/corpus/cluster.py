@@ -34,9 +34,8 @@ def on_ray(address: str) -> Executor:
         if not places:
             return
         ray.data.DataContext.get_current().execution_options.preserve_order = True
-        rows = ray.data.from_items(places, override_num_blocks=len(places)).map(
-            _work_at, fn_kwargs={"stage": stage, "source": source}
-        )
+        begins: Any = ray.data.from_items(places, override_num_blocks=len(places))
+        rows = begins.map(_work_at, fn_kwargs={"stage": stage, "source": source})
         for row in rows.iter_rows():
             yield Made(
                 Position(row["line"], row["byte"]),

@@ -194,9 +194,7 @@ def check_choices(bands: str, hasher: str) -> dict[str, Any]:
     """Return the arguments of `deduplicate` for two words. Raises UserError for others than there are."""
     for word, known in ((bands, ("sure", "published")), (hasher, ("sha1", "rensa"))):
         if word not in known:
-            raise UserError(
-                f"no choice {word!r}{suggest(word, known)}; there are {' and '.join(known)}"
-            )
+            raise UserError(f"no choice {word!r}{suggest(word, known)}; there are {' and '.join(known)}")
     if hasher == "rensa" and not importlib.util.find_spec("rensa"):
         raise UserError("the hasher rensa is a package of its own: pip install t2iprobe[corpus]")
     return {"bands": bands, "hasher": hasher}
