@@ -492,9 +492,10 @@ def compare(
         found[letter] |= quality
     verdicts = judge(found, seconds)
     if {"b", "c"} <= set(arms) and len(arms["b"]) > 1:
-        ends = found["c"]["over_concepts"] = resample_concepts(arms["b"], arms["c"])
+        ends = resample_concepts(arms["b"], arms["c"])
         for verdict in verdicts:
-            if verdict["claim"].endswith("faster than (b)"):
+            if verdict["claim"].endswith("(c) at least 2 times faster than (b)"):
+                verdict["over_concepts"] = ends
                 verdict["detail"] += f"; over concepts [{ends[0]:.1f}, {ends[1]:.1f}]"
     return {"arms": found, "verdicts": verdicts}
 

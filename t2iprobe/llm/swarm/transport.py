@@ -6,6 +6,7 @@ All of it runs in one asyncio loop in a thread of the node's own; the methods ma
 import asyncio
 import contextlib
 import logging
+import signal
 import threading
 import time
 import warnings
@@ -77,7 +78,7 @@ class Node:
         self._dht: Any = None
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm node", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="swarm node", daemon=True)
         self._thread.start()
         try:
             self.run(self._start(peers, host, port, identity), _START_SECONDS)
@@ -130,6 +131,11 @@ class Node:
         )
         self.peer_id = str(self._p2p.peer_id)
         self.addresses = tuple(str(each) for each in await self._p2p.get_visible_maddrs())
+
+    def _run_loop(self) -> None:
+        # A terminal's Ctrl-C reaches the daemon too, which inherits this mask: we tell it of the end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._loop.run_forever()
 
     @property
     def address(self) -> str:
@@ -191,7 +197,10 @@ class Node:
         finally:
             writer.close()
 
-    async def _stop(self) -> None:
+    async def _stop(self) -> bool:
+        """End the daemon and all tasks. Returns whether all have ended."""
+        # hivemind's own tasks end in errors when their daemon does, and nobody asks for them.
+        self._loop.set_exception_handler(lambda loop, context: None)
         for stream in self._streams:
             stream._writer.close()
         if self._dht is not None:
@@ -201,17 +210,18 @@ class Node:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        return not others or not (await asyncio.wait(others, timeout=2))[1]
 
     def close(self) -> None:
         """End the daemon and the loop."""
         if self._loop.is_closed():
             return
+        ended = False
         with contextlib.suppress(Exception):
-            self.run(self._stop(), 5)
+            ended = self.run(self._stop(), 10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
-        if not self._loop.is_running():
+        if ended and not self._loop.is_running():  # what has not ended would complain of a closed loop
             self._loop.close()
 
     def __enter__(self) -> Self:
