@@ -203,10 +203,16 @@ class Node:
         self._loop.set_exception_handler(lambda loop, context: None)
         for stream in self._streams:
             stream._writer.close()
-        if self._dht is not None:
-            await self._dht.shutdown()
-        if self._p2p is not None:
-            await self._p2p.shutdown()
+        with contextlib.suppress(Exception):
+            if self._dht is not None:
+                await asyncio.wait_for(self._dht.shutdown(), 2)
+        with contextlib.suppress(Exception):
+            if self._p2p is not None:
+                await asyncio.wait_for(self._p2p.shutdown(), 2)
+        child = None if self._p2p is None else self._p2p._child
+        if child is not None and child.returncode is None:  # it may hang in its own farewell
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
