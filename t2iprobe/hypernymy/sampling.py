@@ -92,6 +92,10 @@ class DiffusersSampler:
     def _device(self) -> "torch.device":
         return self.pipeline._execution_device
 
+    def configure(self, *, steps: int | None, guidance: float | None, size: int | None) -> None:
+        """Draw with other settings from now on; the embeddings of prompts are kept."""
+        self._settings = setting_arguments(self.pipeline, steps, guidance, size)
+
     def sample(self, entries: Sequence[PlanEntry]) -> list[np.ndarray | None]:
         """Return a picture uint8 [H, W, 3] for each entry.
 
