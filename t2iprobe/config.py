@@ -1,7 +1,7 @@
 """The settings of a study: one typed model; preset < file < what the command line says."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,11 +94,22 @@ def load_study(config: str | None = None, settings: Mapping[str, Any] | None = N
     or with another model from nothing but that pipeline's own defaults.
     Raises UserError for an unknown preset or key (with near names), an unreadable file or a bad value.
     """
+    return make_study(_read_values(config, settings))
+
+
+def _read_values(
+    config: str | None, settings: Mapping[str, Any] | None, also: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the settings of a preset or file, then `settings`; a file may hold the keys `also`, too."""
     settings = dict(settings or {})
     if config is None and settings.get("model", DEFAULT_PRESET) == DEFAULT_PRESET:
         config = DEFAULT_PRESET
-    values = (_read_config(config) if config else {}) | settings
-    _check_keys(values, "the settings")
+    _check_keys(settings, "the settings")
+    return (_read_config(config, also) if config else {}) | settings
+
+
+def make_study(values: Mapping[str, Any]) -> Study:
+    """Return the study of these settings. Raises UserError naming the first bad value."""
     try:
         return Study(**values)
     except ValidationError as error:
@@ -107,7 +118,67 @@ def load_study(config: str | None = None, settings: Mapping[str, Any] | None = N
         raise UserError(f"bad value for {key}: {first['input']!r} ({first['msg'].lower()})") from None
 
 
-def _read_config(config: str) -> dict[str, Any]:
+#: What a sweep varies → the setting of a study.
+SWEPT = {
+    "guidance": "guidance",
+    "steps": "steps",
+    "size": "size",
+    "scheduler": "scheduler",
+    "template": "templates",
+    "seed": "seed",
+}
+
+
+def load_sweep(
+    config: str | None = None, settings: Mapping[str, Any] | None = None, over: Iterable[str] = ()
+) -> tuple[Study, dict[str, list[Any]]]:
+    """Return a study and what a sweep varies of it: axis → values, from the file's `sweep:` and `over`.
+
+    `over` are ``axis=value,value``; a text that holds commas stands in a YAML list. An axis named in `over`
+    replaces that of the file. Raises UserError as `load_study` does, and where nothing or an unknown key is
+    varied.
+    """
+    values = _read_values(config, settings, ("sweep",))
+    written = values.pop("sweep", None) or {}
+    if not isinstance(written, dict):
+        raise UserError(f"sweep must map settings to lists of values, not {written!r}")
+    given: dict[str, list[Any]] = {}
+    for pair in over:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--over takes key=value,value, not {pair!r}")
+        given.setdefault(_name_axis(key.strip()), []).extend(_read_list(text))
+    axes = {_name_axis(key): value if isinstance(value, list) else [value] for key, value in written.items()}
+    axes |= given
+    if empty := next((key for key, found in axes.items() if not found), None):
+        raise UserError(f"the sweep gives no value for {empty}")
+    if not axes:
+        raise UserError(
+            "nothing varies: give --over guidance=1,2.5,5 or `sweep:` in a file, with any of "
+            f"{', '.join(SWEPT)}"
+        )
+    return make_study(values), axes
+
+
+def _name_axis(key: Any) -> str:
+    found = next((name for name, setting in SWEPT.items() if key in (name, f"{name}s", setting)), None)
+    if found is None:
+        near = suggest(str(key), SWEPT) or f": it varies {', '.join(SWEPT)}"
+        raise UserError(f"a sweep does not vary {key!r}{near}")
+    return found
+
+
+def _read_list(text: str) -> list[Any]:
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            value = [yaml.safe_load(part) for part in text.split(",")]
+    except yaml.YAMLError:
+        value = text
+    return value if isinstance(value, list) else [value]
+
+
+def _read_config(config: str, also: Sequence[str] = ()) -> dict[str, Any]:
     presets = list_presets()
     path = presets.get(config, Path(config))
     if not path.is_file():
@@ -120,14 +191,16 @@ def _read_config(config: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold settings, one `key: value` a line")
     preset = values.pop("preset", None)
-    _check_keys(values, str(path))
-    return values if preset is None else _read_config(str(preset)) | values
+    _check_keys(values, str(path), also)
+    return values if preset is None else _read_config(str(preset), also) | values
 
 
-def _check_keys(keys: Iterable[Any], where: str) -> None:
+def _check_keys(keys: Iterable[Any], where: str, also: Sequence[str] = ()) -> None:
     known = Study.model_fields
     for key in keys:
-        if key not in known:
+        if key == "sweep" and key not in also:
+            raise UserError(f"{where} describes a sweep: t2iprobe hypernymy sweep {where} --out DIR")
+        if key not in known and key not in also:
             near = suggest(str(key), known) or f": known are {', '.join(known)}"
             raise UserError(f"unknown key {key!r} in {where}{near}")
 

@@ -150,7 +150,7 @@ def compare(
     if any(counts_a[name] != n or counts_b[name] != n for name, n in counts.items()):
         warnings.append("the runs differ in pictures a synset: compared on as many as both have")
     return {
-        "results": _summarise_difference(
+        "results": summarise_difference(
             a.subset(evaluated), b.subset(evaluated), same_pictures, resamples, seed
         ),
         "coverage": {
@@ -174,7 +174,7 @@ def _list_known(sample: Sample) -> set[str]:
     return {name for name, is_known in zip(sample.synsets, known, strict=True) if is_known}
 
 
-def _summarise_difference(
+def summarise_difference(
     a: Sample, b: Sample, same_pictures: bool, resamples: int, seed: int
 ) -> dict[str, Any]:
     """{metric: a, b, difference, standard errors, intervals, p} over the same synsets."""

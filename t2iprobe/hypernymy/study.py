@@ -152,7 +152,8 @@ def finish(run: Run) -> None:
         from t2iprobe.hypernymy.languages import write_language_results
 
         write_language_results(run)
-    if run.manifest["identity"].get("common_seeds"):
+    templates = next(iter(run.manifest["plan"][0]["prompts"].values()))
+    if run.manifest["identity"].get("common_seeds") and len(templates) > 1:
         from t2iprobe.hypernymy.templates import write_template_report
 
         page = run.path / "templates.html"

@@ -1,6 +1,7 @@
 """Coordinates for the hand-made SVG charts of the pages (the drawing itself is in charts.html)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import floor, isfinite, log10
 from typing import Any, TypeGuard
@@ -57,6 +58,17 @@ def write_ticks(ticks: Sequence[float]) -> list[str]:
     return [f"{tick:.{decimals}f}".replace("-", "−") for tick in ticks]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A dot on a line, the interval of its y, a word beside it, and what is read when it is pointed at."""
+
+    x: float
+    y: float
+    interval: Sequence[float] | None = None
+    text: str = ""
+    title: str = ""
+
+
 Points = Sequence[Sequence[float | None]]  # (x, y) pairs; y may be None
 
 
@@ -65,6 +77,7 @@ def plot_lines(
     *,
     last_x: float,
     include: Sequence[float] = (),
+    marks: Mapping[str, Sequence[Mark]] | None = None,
     width: float = 340.0,
     height: float = 190.0,
 ) -> dict[str, Any]:
@@ -74,13 +87,16 @@ def plot_lines(
         series: name → points; one without a finite y breaks its line.
         last_x: right end of the x axis.
         include: y values that must lie on the chart too, such as a threshold.
+        marks: name → dots on that line, each with its interval and a word beside it.
         width: of the plotted area, in SVG units.
         height: of the plotted area, in SVG units.
 
-    Returns width, height, lines [{name, path, label_y}], x_ticks and y_ticks [(place, text)], and the
+    Returns width, height, lines [{name, path, label_y, marks}], x_ticks and y_ticks [(place, text)], and the
     functions x_of and y_of from values to places.
     """
+    marks = marks or {}
     values = [y for points in series.values() for _, y in points if _is_number(y)]
+    values += [end for dots in marks.values() for dot in dots for end in dot.interval or ()]
     low, high = min([*values, *include], default=0.0), max([*values, *include], default=1.0)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - margin, high + margin
@@ -97,7 +113,21 @@ def plot_lines(
     }
     ends = [next((y for _, y in reversed(points) if y is not None), height) for points in placed.values()]
     lines = [
-        {"name": name, "path": write_path(points), "label_y": label_y}
+        {
+            "name": name,
+            "path": write_path(points),
+            "label_y": label_y,
+            "marks": [
+                {
+                    "x": x_of(dot.x),
+                    "y": y_of(dot.y),
+                    "ends": [y_of(end) for end in dot.interval or ()],
+                    "text": dot.text,
+                    "title": dot.title,
+                }
+                for dot in marks.get(name, ())
+            ],
+        }
         for (name, points), label_y in zip(placed.items(), spread(ends), strict=True)
     ]
     x_ticks, y_ticks = choose_range_ticks(0, last_x), choose_range_ticks(low, high)

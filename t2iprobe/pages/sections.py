@@ -1,16 +1,18 @@
 """Pages of figures, charts and tables in the common look, for results that need no page of their own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from t2iprobe import __version__
 from t2iprobe.pages import SCALE, charts, format_score, render_page
+from t2iprobe.pages.charts import Mark
 
 __all__ = [
     "Cell",
     "Chart",
     "Figure",
+    "Mark",
     "Section",
     "Table",
     "draw_dots",
@@ -109,10 +111,12 @@ def draw_lines(
     label_x: str,
     label_y: str,
     series: dict[str, list[tuple[float, float]]],
+    marks: Mapping[str, Sequence[Mark]] | None = None,
 ) -> Chart:
-    """Return a chart of named lines."""
+    """Return a chart of named lines, with dots on them where `marks` has any."""
     last = max(x for points in series.values() for x, _ in points)
-    return Chart(id, title, caption, label_x, label_y, plot=charts.plot_lines(series, last_x=last))
+    plot = charts.plot_lines(series, last_x=last, marks=marks)
+    return Chart(id, title, caption, label_x, label_y, plot=plot)
 
 
 def render_sections(*, kicker: str, title: str, standfirst: str, content: Sequence[Section]) -> str:
