@@ -11,6 +11,7 @@ import typer
 import t2iprobe
 from t2iprobe.cli_inversion import inversion
 from t2iprobe.cli_prompts import llm
+from t2iprobe.cli_studies import studies
 from t2iprobe.console import AsJson, duration, plain, print_found, to_json
 from t2iprobe.errors import UserError
 
@@ -30,6 +31,7 @@ hypernymy = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+hypernymy.add_typer(studies)
 app.add_typer(hypernymy, name="hypernymy")
 app.add_typer(inversion, name="inversion")
 app.add_typer(llm, name="llm")
