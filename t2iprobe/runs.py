@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,15 @@ KEPT = {"all": ("pictures", "png"), "thumbnails": ("thumbnails", "webp")}
 
 Share = tuple[int, int]  # (i, n): plan positions p with p % n == i
 WHOLE: Share = (0, 1)
+
+
+class Shard(NamedTuple):
+    """Stored together: plan positions [n], those skipped, logits [n, C] by classifier, picture files."""
+
+    indices: list[int]
+    skipped: list[int]
+    logits: dict[str, np.ndarray]
+    files: dict[int, bytes]
 
 
 class Run:
@@ -131,16 +140,31 @@ class Run:
         A picture that is None was skipped: it is done, and its logits are left out of results.
         """
         kept = dict(zip(indices, pictures, strict=True)) if pictures is not None else {}
+        keep = self.manifest["identity"]["keep"]
+        files = {
+            index: _encode_picture(picture, KEPT[keep][1])
+            for index, picture in kept.items()
+            if picture is not None and keep in KEPT
+        }
         skipped = [index for index, picture in kept.items() if picture is None]
-        arrays = {"indices": np.asarray(indices, np.int64), "skipped": np.asarray(skipped, np.int64)}
-        arrays |= {f"logits/{name}": np.asarray(value, np.float32) for name, value in logits.items()}
+        self.store(Shard(list(indices), skipped, dict(logits), files))
+
+    def store(self, shard: Shard) -> None:
+        """Store a shard: its pictures' files first, so that what counts as done is whole."""
+        arrays = {
+            "indices": np.asarray(shard.indices, np.int64),
+            "skipped": np.asarray(shard.skipped, np.int64),
+        }
+        arrays |= {f"logits/{name}": np.asarray(value, np.float32) for name, value in shard.logits.items()}
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]
         with explain_full_disk(self.path):
-            for index, picture in kept.items():
-                if picture is not None:
-                    self._keep_picture(self.plan[index], picture)
-            write_atomically(self.path / "shards" / f"{min(indices):08d}.npz", content.getvalue())
+            for index, file in shard.files.items():
+                path = self.picture_path(self.plan[index])
+                assert path is not None
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file)
+            write_atomically(self.path / "shards" / f"{min(shard.indices):08d}.npz", content.getvalue())
 
     def logits(self, classifier: str | None = None) -> dict[str, np.ndarray]:
         """Return synset → logits float32 [N, C] of one classifier (the first by default), in plan order."""
@@ -194,20 +218,6 @@ class Run:
         folder, ending = KEPT[keep]
         return self.path / folder / entry.synset.replace("/", "_") / f"{entry.name}.{ending}"
 
-    def _keep_picture(self, entry: PlanEntry, picture: np.ndarray) -> None:
-        from PIL import Image
-
-        path = self.picture_path(entry)
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(picture)
-        if path.suffix == ".webp":
-            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            image.save(path, quality=85)
-        else:
-            image.save(path)
-
     def _read(self, shard: Path) -> dict[str, np.ndarray]:
         """Read a whole shard, so that its checksums are checked."""
         try:
@@ -259,6 +269,18 @@ class Run:
             if path is not None and not _is_picture(path):
                 problems.append(f"{path.relative_to(self.path)}: missing or damaged")
         return problems
+
+
+def _encode_picture(picture: np.ndarray, ending: str) -> bytes:
+    from PIL import Image
+
+    image, content = Image.fromarray(picture), io.BytesIO()
+    if ending == "webp":
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        image.save(content, "webp", quality=85)
+    else:
+        image.save(content, ending)
+    return content.getvalue()
 
 
 def _is_picture(path: Path) -> bool:

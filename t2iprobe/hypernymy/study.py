@@ -54,6 +54,22 @@ def run_study(
         progress: called with (done, of) after each batch.
     """
     run = Run.create(out, make_manifest(study, out, folder), extend=extend)
+    draw_share(run, study, share, folder=folder, skip_bad=skip_bad, progress=progress)
+    if run.complete:
+        finish(run)
+    return run
+
+
+def draw_share(
+    run: Run,
+    study: Study,
+    share: Share = WHOLE,
+    *,
+    folder: Path | None = None,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Draw, judge and store what a share of an open run lacks; arguments as in `run_study`."""
     with run.writing(share):
         missing = run.missing(share)
         if missing:
@@ -65,9 +81,6 @@ def run_study(
             else:
                 sampler = load_sampler(study, device, run.manifest["identity"]["dtype"])
             draw(run, missing, sampler, scorers, study, progress)
-    if run.complete:
-        finish(run)
-    return run
 
 
 def draw(
@@ -189,14 +202,20 @@ def load_scorers(study: Study, device: str, classes: int) -> dict[str, Scorer]:
     }
 
 
-def make_manifest(study: Study, out: str | Path | None = None, folder: Path | None = None) -> dict[str, Any]:
+def make_manifest(
+    study: Study,
+    out: str | Path | None = None,
+    folder: Path | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the manifest of a study: what every number of it will depend on.
 
+    `told` is what `describe_place` and `hash_networks` said where the pictures will be drawn, if not here.
     Where `out` holds a run of the same settings and inputs, its manifest is returned as it is: no network is
     loaded to see that, and an ``auto`` keeps the meaning it had when the run began, on whatever machine.
     """
     configuration = dump_study(study) | ({"folder": str(folder)} if folder else {})
-    inputs = hash_inputs(study, folder)
+    inputs = hash_inputs(study, folder, told)
     if out is not None and (Path(out) / "manifest.json").exists():
         stored = Run.open(out).manifest
         if stored["configuration"] == configuration and stored["inputs"] == inputs:
@@ -204,12 +223,12 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
     hierarchy = load_hierarchy(study)
     prompts = _list_folder(folder, hierarchy) if folder else write_prompts(study, hierarchy)
     samples = 1 if folder else study.samples
-    device = resolve_device(study.device)
-    judges_dtype = resolve_dtype(study.classifier_dtype, device)
+    place = describe_place(study, judges_only=folder is not None) if told is None else told
     identity = {
         "model": inputs["model"],
         "classifiers": {
-            name: {"hash": inputs["classifiers"][name], "dtype": judges_dtype} for name in study.classifiers
+            name: {"hash": inputs["classifiers"][name], "dtype": place["classifier_dtype"]}
+            for name in study.classifiers
         },
         "hierarchy": hierarchy.content_hash(),
         "wordnet": WORDNET_HASH,
@@ -220,11 +239,11 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
     }
     if folder is None:
         identity |= {
-            "scheduler": study.scheduler or read_scheduler(study.model, variant=study.variant),
+            "scheduler": place["scheduler"],
             "steps": study.steps,
             "guidance": study.guidance,
             "size": study.size,
-            "dtype": resolve_dtype(study.dtype, device),
+            "dtype": place["dtype"],
             "seed": study.seed,
             "templates": ["prompts"] if study.prompts else study.templates,
         }
@@ -246,21 +265,51 @@ def make_manifest(study: Study, out: str | Path | None = None, folder: Path | No
     }
 
 
-def hash_inputs(study: Study, folder: Path | None = None) -> dict[str, Any]:
-    """Hash every file that the settings name, without loading any network."""
+def describe_place(study: Study, *, judges_only: bool = False) -> dict[str, Any]:
+    """Return what a manifest takes from the machine that draws: the scheduler, and what each ``auto`` is."""
+    device = resolve_device(study.device)
+    place = {"classifier_dtype": resolve_dtype(study.classifier_dtype, device)}
+    if judges_only:
+        return place
+    return place | {
+        "scheduler": study.scheduler or read_scheduler(study.model, variant=study.variant),
+        "dtype": resolve_dtype(study.dtype, device),
+    }
+
+
+def hash_networks(study: Study) -> dict[str, Any]:
+    """Hash the files of the model and the classifiers on this machine."""
+    return {
+        "model": model_hash(study.model, variant=study.variant),
+        "classifiers": {name: scorer_hash(name) for name in study.classifiers},
+    }
+
+
+NETWORKS = ("model", "classifiers")  # what hash_networks hashes
+
+
+def hash_inputs(
+    study: Study, folder: Path | None = None, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Hash every file that the settings name, without loading any network.
+
+    With `told` (see `make_manifest`) the networks lie elsewhere, and were hashed there.
+    """
     if folder is not None:
         if not folder.is_dir():
             raise UserError(
                 f"there is no folder {folder}: give one with a subfolder of pictures for each synset"
             )
         files = {p.relative_to(folder).as_posix(): p for p in folder.glob("*/*") if p.is_file()}
-        model = hash_files(files)
+        networks = {
+            "model": hash_files(files),
+            "classifiers": {name: scorer_hash(name) for name in study.classifiers},
+        }
     else:
-        model = model_hash(study.model, variant=study.variant)
+        networks = hash_networks(study) if told is None else {key: told[key] for key in NETWORKS}
     named = [item.strip() for item in study.synsets.split(",")] + [str(study.hierarchy), str(study.prompts)]
     return {
-        "model": model,
-        "classifiers": {name: scorer_hash(name) for name in study.classifiers},
+        **networks,
         "files": {name: hash_files({"": Path(name)}) for name in named if Path(name).is_file()},
     }
 
