@@ -39,9 +39,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and their cost; write nothing.")
     ] = False,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the sweep; the same command continues it.")
-    ] = Path("runs/sweep"),
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; the same command continues it.")] = Path(
+        "runs/sweep"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Draw the same words at every point of a grid of settings, with the same noise. Can be continued."""
@@ -88,4 +88,6 @@ def _run_sweep(study: Any, axes: dict[str, list[Any]], out: Path, extend: bool, 
     import json
 
     results = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-    print_found(results, as_json, (out / "sweep.md").read_text(encoding="utf-8") + f"\nreport: {out / 'sweep.html'}")
+    print_found(
+        results, as_json, (out / "sweep.md").read_text(encoding="utf-8") + f"\nreport: {out / 'sweep.html'}"
+    )

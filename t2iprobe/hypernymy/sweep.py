@@ -1,7 +1,7 @@
 """A sweep: the same words and noise at every point of a grid of settings, by one loaded model.
 
     DIR/<cell>/          an ordinary run for each point of the grid
-    DIR/sweep.json       what the cells say, and the paired differences of neighbours; .html, .csv, .md likewise
+    DIR/sweep.json       what the cells say and how neighbours differ, paired; .html, .csv, .md likewise
 
 A picture's seed comes from its synset and index alone, so that cells are compared pair by pair; only an axis
 of seeds changes the noise.

@@ -99,9 +99,7 @@ def pair_neighbours(places: Sequence[Mapping[str, Any]], axes: Sequence[str]) ->
         for index, place in enumerate(places):
             lines.setdefault(tuple(place[other] for other in axes if other != axis), []).append(index)
         for line in lines.values():
-            numbers = axis != "seed" and all(
-                isinstance(places[index][axis], int | float) for index in line
-            )
+            numbers = axis != "seed" and all(isinstance(places[index][axis], int | float) for index in line)
             befores = line[:-1] if numbers else [line[0]] * (len(line) - 1)
             pairs += [(axis, before, after) for before, after in zip(befores, line[1:], strict=True)]
     return pairs
@@ -117,7 +115,9 @@ def _compare_neighbours(cells: Sequence[tuple[Cell, Run]], axes: Sequence[str]) 
             hierarchy = find_hierarchy(run)
             whole = reduce_logits(run.logits(), hierarchy)
             nonleaf = set(hierarchy.synsets)
-            samples[index] = whole.subset([name for name in whole.synsets if name in nonleaf] or whole.synsets)
+            samples[index] = whole.subset(
+                [name for name in whole.synsets if name in nonleaf] or whole.synsets
+            )
         return samples[index]
 
     rows = []
