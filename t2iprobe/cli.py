@@ -14,9 +14,11 @@ from t2iprobe.cli_prompts import llm
 from t2iprobe.cli_studies import studies
 from t2iprobe.console import AsJson, duration, plain, print_found, to_json
 from t2iprobe.errors import UserError
+from t2iprobe.launch import join_launch, may_tell
 
 if TYPE_CHECKING:
     from t2iprobe.config import Study
+    from t2iprobe.launch import Launch
     from t2iprobe.runs import Run
 
 app = typer.Typer(
@@ -46,7 +48,8 @@ def main() -> NoReturn:
     try:
         app()
     except UserError as error:
-        print(f"t2iprobe: {error}", file=sys.stderr)
+        if may_tell():
+            print(f"t2iprobe: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
@@ -106,6 +109,12 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
     keep: Annotated[str | None, typer.Option(help="Pictures to keep: all, thumbnails or none.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: draw one of n shares of the run, 0/n to n-1/n.")] = "0/1",
+    cluster: Annotated[
+        str | None, typer.Option(help="Draw on a Ray cluster: local, or ray://HOST:PORT.")
+    ] = None,
+    worker_cores: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of a worker without a GPU (4, where there are).")
+    ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Allow more samples or synsets than the run has.")
     ] = False,
@@ -119,6 +128,7 @@ def run(
     """Draw synsets, judge the pictures, report what the model understands. Can be stopped and continued."""
     from t2iprobe.config import read_share
 
+    launch = join_launch()
     given = {
         "model": model,
         "classifiers": classifier,
@@ -141,9 +151,18 @@ def run(
     }
     study = _load_study(config, given, settings)
     if dry_run:
-        _print_plan(study, out, as_json)
+        if launch is None or launch.first:
+            _print_plan(study, out, as_json)
         return
-    _run_study(study, _default_out(out, study.model), share=read_share(shard), extend=extend, as_json=as_json)
+    out = _default_out(out, study.model)
+    if launch is not None or cluster is not None:
+        if read_share(shard) != (0, 1) or (launch is not None and cluster is not None):
+            raise UserError(
+                "--shard, --cluster and a launch of several processes each share the run: take one"
+            )
+        _run_on_many(study, out, launch, cluster, worker_cores, extend=extend, as_json=as_json)
+        return
+    _run_study(study, out, share=read_share(shard), extend=extend, as_json=as_json)
 
 
 @hypernymy.command()
@@ -343,6 +362,51 @@ def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None
         left = len(finished.missing())
         text = f"this share is done; {left} of {len(finished.plan)} pictures are left to other shares"
         print_found({"run": str(out), "missing": left}, as_json, text)
+
+
+def _run_on_many(
+    study: "Study",
+    out: Path,
+    launch: "Launch | None",
+    cluster: str | None,
+    cores: int | None,
+    *,
+    extend: bool,
+    as_json: bool,
+) -> None:
+    from t2iprobe.cluster import Cluster, costs_display, describe_costs
+    from t2iprobe.hypernymy.results import read_results
+    from t2iprobe.runs import Run
+
+    costs = None
+    try:
+        from t2iprobe.hypernymy.cluster import run_launched, run_on_cluster
+
+        if launch is None:
+            assert cluster is not None
+            with costs_display("pictures") as show:
+                finished, costs = run_on_cluster(
+                    study, out, Cluster(cluster, cores), extend=extend, show=show
+                )
+        else:
+            with _progress_bar() as progress:
+                finished = run_launched(
+                    study, out, launch, extend=extend, progress=progress if launch.first else None
+                )
+    except KeyboardInterrupt:
+        if may_tell():
+            how = "" if launch is None else ", with any number of processes"
+            why = "" if launch is None else " with a process of its launch"
+            print(
+                f"t2iprobe: stopped{why}: {_count(Run, out)}; the same command continues{how}",
+                file=sys.stderr,
+            )
+        sys.exit(130)
+    if launch is None or launch.first:
+        results, last = read_results(finished), f"report: {finished.path / 'report.html'}"
+        more = describe_costs(costs, "pictures") if costs else []
+        results |= {"cluster": costs} if costs else {}
+        _print_results(results, as_json, last, [*_describe_languages(finished), *more])
 
 
 def _count(run_class: type["Run"], out: Path) -> str:

@@ -104,6 +104,14 @@ def train_folders(
     Returns subfolder → training.json.
     """
     index, count = read_share(shard)
+    chosen = dict(list(list_concepts(folder).items())[index::count])
+    outcomes = train_chosen(chosen, settings, out, skip_bad=skip_bad, progress=progress)
+    refuse_broken(list(outcomes.values()))  # at the end: one bad concept keeps no other from training
+    return outcomes
+
+
+def list_concepts(folder: Path) -> dict[Path, str]:
+    """Return subfolder → token, sorted. Raises UserError where there is none, or a name makes no token."""
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: give one with a subfolder of pictures for each concept"
@@ -114,16 +122,27 @@ def train_folders(
     tokens = {path: name_token(path.name) for path in found}
     for token in tokens.values():
         check_token(token, [])
-    chosen = found[index::count]
+    return tokens
+
+
+def train_chosen(
+    concepts: Mapping[Path, str],
+    settings: Training,
+    out: Path,
+    *,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train subfolders (→ token) as `train_folders` does, without a look at broken losses."""
+    if not concepts:
+        return {}
     backbone = load_backbone(settings)
     jobs = [
-        (read_concept(path, tokens[path], settings, backbone, skip_bad=skip_bad), out / path.name)
-        for path in chosen
+        (read_concept(path, token, settings, backbone, skip_bad=skip_bad), out / path.name)
+        for path, token in concepts.items()
     ]
     trained = train_jobs(backbone, jobs, settings, progress=progress)
-    outcomes = {path.name: outcome for path, outcome in zip(chosen, trained, strict=True)}
-    refuse_broken(list(outcomes.values()))  # at the end: one bad concept keeps no other from training
-    return outcomes
+    return {path.name: outcome for path, outcome in zip(concepts, trained, strict=True)}
 
 
 def name_token(name: str) -> str:

@@ -78,8 +78,8 @@ def train_jobs(
         raise UserError("two concepts have the same token: name them apart")
     if not method_class.shares_pass and len(jobs) > 1:
         return [train_jobs(backbone, [job], settings, progress=progress)[0] for job in jobs]
-    identities = {out: _identify(settings, concept) for concept, out in jobs}
-    done = {out: found for _, out in jobs if (found := _find_finished(out, identities[out]))}
+    identities = {out: identify(settings, concept) for concept, out in jobs}
+    done = {out: found for _, out in jobs if (found := find_finished(out, identities[out]))}
     missing = [(concept, out) for concept, out in jobs if out not in done]
     if missing:
         done |= _train(backbone, missing, settings, method_class, identities, progress)
@@ -97,20 +97,21 @@ def refuse_broken(outcomes: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _identify(settings: Training, concept: Concept) -> dict[str, Any]:
+def identify(settings: Training, concept: Concept, model: str | None = None) -> dict[str, Any]:
+    """Return what every number of a training depends on; `model` is its hash where it lies elsewhere."""
     from t2iprobe.pipelines import model_hash
 
     chosen = json.loads(settings.model_dump_json(exclude={"grid", "evaluate", "device", "together"}))
     return {
         "token": concept.token,
-        "model_hash": model_hash(settings.model, variant=settings.variant),
+        "model_hash": model or model_hash(settings.model, variant=settings.variant),
         "pictures": hash_files({path.name: path for path in concept.files}),
         "captions": list(concept.captions or ()),
         "settings": chosen,
     }
 
 
-def _find_finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def find_finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return a folder's outcome, None where there is none yet. Raises UserError for another training's."""
     check_folder(out, identity, "training", ("training.json", "state.safetensors"))
     if not (out / "training.json").exists():
@@ -409,11 +410,11 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "evaluation": _evaluate(backbone, learner),
     }
-    _write_outcome(learner.out, outcome)
+    write_outcome(learner.out, outcome)
     return outcome
 
 
-def _write_outcome(out: Path, outcome: dict[str, Any]) -> None:
+def write_outcome(out: Path, outcome: dict[str, Any]) -> None:
     """Write training.json and the report, and remove the state that is no longer needed."""
     content = json.dumps(outcome, indent=1, ensure_ascii=False, allow_nan=False).encode()
     with explain_full_disk(out):
@@ -459,7 +460,7 @@ def evaluate_outcome(
         found = {**outcome, "evaluation": _evaluate(backbone, learner)}
     finally:
         method.remove()
-    _write_outcome(out, found)
+    write_outcome(out, found)
     return found
 
 
