@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["correlate_ranks", "describe_spread", "rank_agreement", "subset_spread"]
+__all__ = ["correlate_ranks", "describe_ranks", "describe_spread", "rank_agreement", "subset_spread"]
 
 Floats = NDArray[np.floating]
 
@@ -41,6 +41,32 @@ def correlate_ranks(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan"), float("nan")
     return float(spearmanr(x, y).statistic), float(kendalltau(x, y).statistic)
+
+
+def describe_ranks(a: ArrayLike, b: ArrayLike) -> dict[str, Any]:
+    """Return Spearman's ρ and Kendall's τ-b of paired scores [N] with 95 % intervals, and N; None for none.
+
+    The intervals are Fisher's with the variances of Bonett & Wright 2000 (Psychometrika 65: 23-28), for pairs
+    that are independent. NaN on either side is left out.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    count = int((np.isfinite(x) & np.isfinite(y)).sum())
+    rho, tau = correlate_ranks(x, y)
+    if not np.isfinite(rho):
+        return dict.fromkeys(_RANKS, None) | {"n": count}
+    spearman = _fisher_interval(rho, (1 + rho**2 / 2) / (count - 3)) if count > 4 else None
+    kendall = _fisher_interval(tau, 0.437 / (count - 4)) if count > 4 else None
+    return dict(zip(_RANKS, (rho, spearman, tau, kendall), strict=True)) | {"n": count}
+
+
+_RANKS = ("spearman", "spearman_interval", "kendall", "kendall_interval")
+
+
+def _fisher_interval(correlation: float, variance: float) -> list[float] | None:
+    if abs(correlation) > 1 - 1e-12:
+        return None  # Fisher's transform has no finite value there
+    middle, half = np.arctanh(correlation), 1.959964 * np.sqrt(variance)
+    return [float(np.tanh(middle - half)), float(np.tanh(middle + half))]
 
 
 def rank_agreement(scores: ArrayLike) -> dict[str, Any]:

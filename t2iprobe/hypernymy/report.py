@@ -10,6 +10,7 @@ from typing import Any
 from t2iprobe.config import Study
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import facts
+from t2iprobe.hypernymy.agreement import agree_on_synsets
 from t2iprobe.hypernymy.comparison_page import Side, render_comparison
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.report_page import render
@@ -61,7 +62,8 @@ def gather_results(run: Run) -> dict[str, Any]:
         text = f"the run is not complete: {missing} of its {len(run.plan)} pictures are still to be drawn"
         first["warnings"] = [text, *first["warnings"]]
     settings = {key: run.manifest[key] for key in SETTINGS}
-    return {"schema": SCHEMA, **first, **settings, "classifiers": analyses}
+    more = {"agreement": agree_on_synsets(analyses)} if len(analyses) > 1 else {}
+    return {"schema": SCHEMA, **first, **settings, "classifiers": analyses, **more}
 
 
 def find_hierarchy(run: Run) -> Hierarchy:

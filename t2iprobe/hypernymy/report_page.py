@@ -6,6 +6,7 @@ from typing import Any
 
 from t2iprobe import __version__
 from t2iprobe.hypernymy import facts, views
+from t2iprobe.hypernymy.agreement import agree_on_synsets
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.metrics import scs_normaliser
 from t2iprobe.hypernymy.views import Row
@@ -82,6 +83,7 @@ def render(
         unknown_words=sorted((row for row in rows if not row["known"]), key=lambda row: row["lemma"]),
         others=list(results["classifiers"])[1:],
         classifiers=facts.list_classifiers(results),
+        agreement=agree_on_synsets(results["classifiers"]),
         command=facts.write_command(results),
         settings=facts.list_settings(results),
         identity=facts.flatten(results["identity"]),
