@@ -91,6 +91,23 @@ def open_exclusively(path: Path) -> IO[bytes]:
     return file
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the right to make `folder`; where another process holds it, wait for that one to end.
+
+    The lock is a file beside the folder, and outlives it. Raises UserError where it cannot be written.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a person asked for. Raises UserError where that cannot be done."""
     if path.is_dir():

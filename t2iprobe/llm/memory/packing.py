@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.memory.quantization import quantize
-from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically
+from t2iprobe.storage import explain_full_disk, lock_folder, remove_leftovers, write_atomically
 
 BLOCK = 4096  # what direct reads of any common disk are aligned to
 INDEX = "index.json"
@@ -83,15 +83,29 @@ def pack_layers(folder: Path, out: Path, dtype: str | None = None) -> Packed:
     """Write the safetensors model in `folder` to `out` by layer, or open it where that was done.
 
     With a `dtype` ("float32"), floating-point tensors are cast to it. A run that was killed is continued, and
-    a model that has changed since is packed anew. Raises UserError for a model that cannot be read.
+    a model that has changed since is packed anew. Where another process packs it, that one is waited for.
+    Raises UserError for a model that cannot be read.
     """
     weights = _find_tensors(folder)
     model = _identify(folder, weights, dtype)
-    if (out / INDEX).exists():
-        packed, packed_model = _open(out)
-        if packed_model == model:
-            return packed
-        (out / INDEX).unlink(missing_ok=True)
+    if packed := _find_packed(out, model):
+        return packed
+    with lock_folder(out):
+        return _find_packed(out, model) or _pack_layers(folder, out, dtype, weights, model)
+
+
+def _find_packed(out: Path, model: str) -> Packed | None:
+    """Open `out` where it holds this model, None where it holds none or another."""
+    if not (out / INDEX).exists():
+        return None
+    packed, packed_model = _open(out)
+    return packed if packed_model == model else None
+
+
+def _pack_layers(
+    folder: Path, out: Path, dtype: str | None, weights: Mapping[str, str], model: str
+) -> Packed:
+    (out / INDEX).unlink(missing_ok=True)
     prefix, layers = _group_by_layer(folder, weights)
     rest = {name: name for name in weights if name not in {old for layer in layers for old in layer.values()}}
     groups = {f"layer_{number:03}.safetensors": layer for number, layer in enumerate(layers)}
@@ -114,15 +128,18 @@ def pack_quantized(packed: Packed, out: Path, bits: int = 4, group: int = 64) ->
     """Write the layers of a packed model to `out` in few bits, or open them where that was done.
 
     A matrix NAME becomes NAME|0 (and |1, …: its planes of bits), NAME|scale and NAME|minimum; vectors stay as
-    they are. What is no layer is left out. A run that was killed is continued.
+    they are. What is no layer is left out. A run that was killed is continued, another's is waited for.
     """
     source = _open(packed.folder)[1]
     model = hashlib.sha256(repr([_FORMAT, source, bits, group]).encode()).hexdigest()
-    if (out / INDEX).exists():
-        found, found_model = _open(out)
-        if found_model == model:
-            return found
-        (out / INDEX).unlink(missing_ok=True)
+    if found := _find_packed(out, model):
+        return found
+    with lock_folder(out):
+        return _find_packed(out, model) or _pack_quantized(packed, out, bits, group, model)
+
+
+def _pack_quantized(packed: Packed, out: Path, bits: int, group: int, model: str) -> Packed:
+    (out / INDEX).unlink(missing_ok=True)
     with explain_full_disk(out):
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)

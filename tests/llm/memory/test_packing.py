@@ -1,6 +1,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,52 @@ def test_packed_files_hold_every_tensor_of_the_model(llama: Path, packed: Packed
     } | load_file(packed.rest.path)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+_PACK_WHEN_TOLD = """
+import sys, time
+from pathlib import Path
+from t2iprobe.llm.memory import packing
+
+written, write = [], packing.write_atomically
+
+def write_slowly(path, content):
+    written.append(path.name)
+    time.sleep(0.05)
+    write(path, content)
+
+packing.write_atomically = write_slowly
+folder, out, ready, go = map(Path, sys.argv[1:])
+ready.touch()
+while not go.exists():
+    time.sleep(0.001)
+packed = packing.pack_layers(folder, out)
+packing.pack_quantized(packed, out.with_name("quantized"))
+print(len(written))
+"""
+
+
+def test_two_processes_pack_a_model_once(llama: Path, packed: Packed, tmp_path: Path) -> None:
+    go, ready = tmp_path / "go", [tmp_path / "ready0", tmp_path / "ready1"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PACK_WHEN_TOLD, llama, tmp_path / "out", each, go],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for each in ready
+    ]
+    while not all(each.exists() for each in ready):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    go.touch()
+    written = [int(process.communicate(timeout=100)[0]) for process in processes]
+    files = sorted(path.name for path in packed.folder.iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert sum(written) == 2 * len(files)  # each file of both forms by one of the two
+    for name in files:
+        if name != packing.INDEX:
+            assert (tmp_path / "out" / name).read_bytes() == (packed.folder / name).read_bytes()
 
 
 def test_layouts_tell_where_tensors_lie_in_the_file(packed: Packed) -> None:
