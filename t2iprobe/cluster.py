@@ -7,10 +7,13 @@ stores what comes back. Workers hold a loaded model and nothing else: they need 
 import contextlib
 import os
 import socket
+import sys
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import t2iprobe
@@ -19,6 +22,7 @@ from t2iprobe.errors import UserError
 LOCAL = "local"  # a cluster of this machine alone, started for the call
 CONNECT_SECONDS = 10.0  # to hear from an address
 LOOK_SECONDS = 2.0  # between two looks at which machines there are
+WAIT_SECONDS = 30.0  # for a free place, before a person is told
 CORES = 4  # of a worker without a GPU, unless told, or the machines have fewer
 TRIES = 3  # workers that may die over one shard, or in a row before they have begun
 
@@ -60,25 +64,44 @@ def connect(address: str) -> tuple[Any, bool]:
 
     Raises UserError without Ray, and where no cluster answers.
     """
+    if address.startswith("ray://") and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray does itself for all but its client
+    ray = import_ray()
+    if ray.is_initialized():
+        return ray, False
+    _knock(address)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the client's: what it says is in the error
+            ray.init(
+                address=address,
+                include_dashboard=False if address == LOCAL else None,
+                log_to_driver=False,
+                logging_level="error",
+            )
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster at {address}: {_first_line(error)} (does it run the same versions of Ray and "
+            "Python, and is its token here, in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH?)"
+        ) from None
+    return ray, True
+
+
+def import_ray() -> Any:
+    """Return the ray module. Raises UserError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # announced, and told on each start
     try:
         import ray
     except ImportError:
         raise UserError("a cluster needs Ray: pip install t2iprobe[cluster]") from None
-    if ray.is_initialized():
-        return ray, False
-    _knock(address)
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level="error",
-        )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise UserError(f"no Ray cluster at {address}: {_first_line(error)}") from None
-    return ray, True
+    return ray
+
+
+def _has_token() -> bool:
+    """Whether a token for Ray clusters lies where Ray looks for one."""
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
+    return "RAY_AUTH_TOKEN" in os.environ or Path(given).is_file()
 
 
 def _knock(address: str) -> None:
@@ -113,13 +136,15 @@ class Member:
     pid: int = 0
     device: str = ""
     done: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of shards that came back
+    loading_seconds: float = 0.0
     lost: int = 0
 
     def describe(self) -> Costs:
         rate = self.done / self.seconds if self.done else None
         found = {name: getattr(self, name) for name in ("node", "pid", "device", "state", "done", "lost")}
-        return {**found, "seconds": round(self.seconds, 3), "per_second": rate}
+        seconds = {name: round(getattr(self, name), 3) for name in ("seconds", "loading_seconds")}
+        return {**found, **seconds, "per_second": rate}
 
 
 class Crew:
@@ -146,7 +171,11 @@ class Crew:
         """Return what `question` says on a machine where a worker would be."""
         task = self._ray.remote(**self._needs, max_retries=TRIES)(_answer)
         try:
-            return _open(self._ray.get(task.remote(question)))
+            answer = task.remote(question)
+            if not self._ray.wait([answer], timeout=WAIT_SECONDS)[0]:
+                what = "GPU" if self._gpu else f"{self._cores} cores"
+                print(f"waiting for a machine of the cluster with a free {what}", file=sys.stderr)
+            return _open(self._ray.get(answer))
         except Exception as error:
             if "No module named 't2iprobe" not in str(error):
                 raise
@@ -239,12 +268,13 @@ class Crew:
                 continue
             found = _open(answer)
             member.reference = None
-            member.seconds += seconds
             if member.state == "starting":
+                member.loading_seconds = seconds
                 member.node, member.pid, member.device = found
                 self._failed_starts = 0
             else:
                 store(found)
+                member.seconds += seconds
                 member.done += len(member.items)
                 self._done += len(member.items)
                 member.items = []

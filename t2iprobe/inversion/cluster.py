@@ -87,12 +87,12 @@ def train_on_cluster(
         )
         for path, token in list_concepts(folder).items()
     }
-    _make_folder(out)
     costs = None
     with connected(cluster, settings.device) as crew:
         model = crew.ask(partial(model_hash, settings.model, variant=settings.variant))
         identities = {name: identify(settings, concept, model) for name, concept in loaded.items()}
         missing = [name for name, identity in identities.items() if not find_finished(out / name, identity)]
+        _make_folder(out)
 
         def tell(costs: Costs) -> None:
             write_atomically(out / "cluster.json", json.dumps(costs, indent=1).encode())

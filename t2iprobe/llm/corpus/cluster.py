@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from t2iprobe.cluster import connect, import_ray
 from t2iprobe.errors import UserError
 from t2iprobe.llm.corpus.documents import Chunk, Position, Rejected, Source
 from t2iprobe.llm.corpus.streaming import Executor, Made, Stage, work
-
-LOCAL = "local"  # a cluster of this machine alone, started for the call
 
 
 def on_ray(address: str) -> Executor:
@@ -18,23 +17,21 @@ def on_ray(address: str) -> Executor:
     The machines need the input at the same path and this package. Only places of chunks are sent to them, and
     what is made of each comes back in order. Raises UserError without Ray, and where there is no cluster.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError("a cluster needs Ray: pip install t2iprobe[cluster]") from None
+    import_ray()
 
     def execute(stage: Stage, source: Source, chunks: Iterator[Chunk]) -> Iterator[Made]:
         if source.path.suffix == ".gz":
             raise UserError(
                 f"{source.path} is zipped as a whole, and cannot be read from the middle: unzip it"
             )
-        _connect(ray, address)
+        connect(address)
+        from ray import data
+
         places = [{"line": place.line, "byte": place.byte} for place in _places(source, chunks)]
         if not places:
             return
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
-        begins: Any = ray.data.from_items(places, override_num_blocks=len(places))
+        data.DataContext.get_current().execution_options.preserve_order = True
+        begins: Any = data.from_items(places, override_num_blocks=len(places))
         rows = begins.map(_work_at, fn_kwargs={"stage": stage, "source": source})
         for row in rows.iter_rows():
             yield Made(
@@ -45,21 +42,6 @@ def on_ray(address: str) -> Executor:
             )
 
     return execute
-
-
-def _connect(ray: Any, address: str) -> None:
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(
-            address=None if address == LOCAL else address,
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level="error",
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"no Ray cluster at {address}: {first}") from None
 
 
 def _places(source: Source, chunks: Iterator[Chunk]) -> Iterator[Position]:
