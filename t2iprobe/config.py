@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from t2iprobe.errors import UserError, suggest
 
 DEFAULT_PRESET = "embedded"
+DEFAULT_BATCH = 16  # pictures
 
 
 def _as_list(value: Any) -> Any:
@@ -45,6 +46,9 @@ class Study(BaseModel):
         description="nonleaf, leaves, all, subtree:NAME, names, wnids, lemmas or files of them, by commas",
     )
     samples: Positive = Field(4, description="pictures a synset and template")
+    until: str | None = Field(
+        None, description='draw until this is known: "isp ± 0.005", "isp - RUN ± 0.005" or "unknown"'
+    )
     seed: int = Field(0, ge=0, description="of all pictures; the same seed gives the same pictures")
     templates: TextList = Field(["base"], description="published templates by name, or texts with fields")
     common_seeds: bool = Field(
@@ -69,7 +73,13 @@ class Study(BaseModel):
     scheduler: str | None = Field(
         None, description="a diffusers scheduler class, in place of the model's own"
     )
-    batch_size: Positive = Field(16, description="pictures drawn at once")
+    batch_size: Positive | Literal["auto"] = Field(
+        "auto", description="pictures drawn at once; auto: as many as pay and fit the memory"
+    )
+    compile: bool = Field(False, description="torch.compile of the denoiser and the decoder")
+    attention: str | None = Field(
+        None, description="diffusers' attention back end, such as sage or _native_cudnn"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the model")
     classifier_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -78,6 +88,16 @@ class Study(BaseModel):
     keep: Literal["all", "thumbnails", "none"] = Field(
         "thumbnails", description="pictures to keep in the run"
     )
+
+    @property
+    def fixed_batch_size(self) -> int | None:
+        """How many pictures are drawn at once; None where it is to be found."""
+        return None if self.batch_size == "auto" else self.batch_size
+
+    @property
+    def pictures_at_once(self) -> int:
+        """How many pictures to handle together where nothing is measured."""
+        return self.fixed_batch_size or DEFAULT_BATCH
 
 
 def list_presets() -> dict[str, Path]:

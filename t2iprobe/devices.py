@@ -106,3 +106,56 @@ def inference_context(device: str, dtype: str) -> contextlib.ExitStack:
     if device == "cpu" and dtype == "bfloat16":
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
     return stack
+
+
+def count_threads() -> int:
+    """Return with how many threads torch computes on the CPU."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def set_threads(count: int) -> None:
+    """Let torch compute with so many threads whatever this thread of Python calls, and those to come."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that memory is lacking, on whatever device."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def release_memory(device: str) -> None:
+    """Give memory that is not in use back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    elif device.startswith("mps"):
+        torch.mps.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep blocks of up to 32 MB that it frees, where the C library is glibc.
+
+    Otherwise tensors of more than 128 kB are new memory of the system's, and each page is zeroed before use.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -121,7 +121,7 @@ def _find_hub_folder(model: str, variant: str | None, download: bool) -> Path:
             return Path(DiffusionPipeline.download(name, revision=revision or None, variant=variant))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"cannot get {model!r} from the hub ({_first_line(error)}): check the name and the network, "
+            f"cannot get {model!r} from the hub ({first_line(error)}): check the name and the network, "
             "accept the model's terms there if it has any, or give a folder"
         ) from None
 
@@ -160,7 +160,7 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         alone = source.file is not None and source.folder is None
         hint = f"; where its configurations cannot be had, give {model}@FOLDER with them" if alone else ""
-        raise UserError(f"cannot load the model {model!r}: {_first_line(error)}{hint}") from error
+        raise UserError(f"cannot load the model {model!r}: {first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -290,6 +290,13 @@ def accepted_arguments(pipeline: Pipeline, **wanted: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in accepted}
 
 
+def default_steps(pipeline: Pipeline) -> int | None:
+    """Return how many steps the pipeline's call takes by default, None where it does not say."""
+    known = inspect.signature(pipeline.__call__).parameters
+    defaults = [known[name].default for names in _STEPS for name in names if name in known]
+    return next((count for count in defaults if isinstance(count, int)), None)
+
+
 # In order of preference; every name of the first group that the call takes is given the value.
 _GUIDANCE = (("prior_guidance_scale", "decoder_guidance_scale"), ("guidance_scale",), ("true_cfg_scale",))
 _STEPS = (("num_inference_steps",), ("prior_num_inference_steps", "decoder_num_inference_steps"))
@@ -352,6 +359,6 @@ def read_scheduler(model: str, *, download: bool = True, variant: str | None = N
     return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

@@ -194,6 +194,22 @@ def _latent_diffusion() -> Pipeline:
     )
 
 
+def _latent_consistency() -> Pipeline:
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+    from transformers import CLIPTextModel
+
+    return LatentConsistencyModelPipeline(
+        vae=_autoencoder(),
+        text_encoder=CLIPTextModel(_clip_config()).eval(),
+        tokenizer=tiny_tokenizer(),
+        unet=_unet(time_cond_proj_dim=32),  # guidance is embedded
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def _flow_autoencoder() -> Any:
     return _autoencoder(
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
@@ -266,6 +282,7 @@ FAMILIES: dict[str, Callable[[], Pipeline]] = {
     "sd": _stable_diffusion,
     "sdxl": _stable_diffusion_xl,
     "ldm": _latent_diffusion,
+    "lcm": _latent_consistency,
     "flux": _flux,
     "sd3": _stable_diffusion_3,
 }

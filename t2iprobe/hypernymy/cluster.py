@@ -12,12 +12,11 @@ from t2iprobe.cluster import Cluster, Costs, connected
 from t2iprobe.config import Study
 from t2iprobe.devices import resolve_device
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy.adaptive import is_complete, refuse_shares
+from t2iprobe.hypernymy.drawing import SHARD_SECONDS, Progress, draw
 from t2iprobe.hypernymy.study import (
     NETWORKS,
-    SHARD_SECONDS,
-    Progress,
     describe_place,
-    draw,
     draw_share,
     finish,
     hash_networks,
@@ -50,9 +49,9 @@ def run_launched(
     launch.agree_on(Path(out))
     if not launch.first:
         run = Run.create(out, make_manifest(study, out), extend=extend)
-    draw_share(run, study, (launch.index, launch.count), progress=progress)
+    draw_share(run, study, (launch.index, launch.count), progress=progress, wait=launch.wait)
     launch.wait()
-    if launch.first and run.complete:
+    if launch.first and is_complete(run):
         finish(run)
     return run
 
@@ -73,6 +72,7 @@ def run_on_cluster(
     with connected(cluster, study.device) as crew:
         told = crew.ask(partial(_describe_worker, study))
         run = Run.create(out, make_manifest(study, out, told=told), extend=extend)
+        refuse_shares(run)
         costs = None
         with run.writing():
             if missing := run.missing():
@@ -91,7 +91,7 @@ def run_on_cluster(
                     partial(_load_drawer, study, run.manifest, classes, t2iprobe.__version__),
                     missing,
                     store,
-                    size=partial(shard_size, study.batch_size),
+                    size=partial(shard_size, study.pictures_at_once),
                     show=tell,
                 )
     if run.complete:

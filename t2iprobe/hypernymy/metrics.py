@@ -27,7 +27,9 @@ SCS_NORMALISER = 1.6236960327744576
 
 def softmax(logits: ArrayLike) -> Floats:
     """[..., C] logits to [..., C] probabilities, in float64."""
-    return np.exp(_log_softmax(logits))
+    weights = _weigh(logits)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
 
 
 def in_subtree_probabilities(logits: ArrayLike, subtree: ArrayLike) -> Floats:
@@ -35,9 +37,7 @@ def in_subtree_probabilities(logits: ArrayLike, subtree: ArrayLike) -> Floats:
 
     `subtree` is bool [C]. Raises UserError for shapes that do not fit, no pictures, or NaN.
     """
-    logits, subtree = _check(logits, subtree)
-    # Rounding may leave 1 + 1e-16 where every class counts.
-    return np.minimum(softmax(logits)[:, subtree].sum(axis=1), 1.0)
+    return _within(*_check(logits, subtree))
 
 
 def in_subtree_probability(logits: ArrayLike, subtree: ArrayLike) -> float:
@@ -113,7 +113,7 @@ def measure(logits: Mapping[str, ArrayLike], hierarchy: Hierarchy) -> Measures:
         if subtree.sum() > 1:
             q = softmax(values[:, subtree])
             within[:] = entropy(q).mean(), entropy(q.mean(axis=0))
-        rows.append((len(values), in_subtree_probability(values, subtree), *within))
+        rows.append((len(values), _within(values, subtree).mean(), *within))
     samples, isp, mean, marginal = np.array(rows, dtype=np.float64).reshape(-1, 4).T
     return Measures(
         synsets=synsets,
@@ -142,11 +142,17 @@ def check_logits(logits: Mapping[str, ArrayLike], hierarchy: Hierarchy) -> dict[
     }
 
 
-def _log_softmax(logits: ArrayLike) -> Floats:
-    shifted = np.array(logits, dtype=np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+def _weigh(logits: ArrayLike) -> Floats:
+    """Return exp of the logits [..., C], scaled so that the largest is 1."""
+    weights = np.array(logits, dtype=np.float64)
+    weights -= weights.max(axis=-1, keepdims=True)
+    return np.exp(weights, out=weights)
+
+
+def _within(logits: ArrayLike, subtree: NDArray[np.bool_]) -> Floats:
+    """Return p_n [N]; rounding may leave 1 + 1e-16 where every class counts."""
+    weights = _weigh(logits)
+    return np.minimum((weights @ subtree.astype(np.float64)) / weights.sum(axis=1), 1.0)
 
 
 def _check(

@@ -2,16 +2,22 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+import itertools
+import threading
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from t2iprobe.devices import inference_context
+from t2iprobe.acceleration import compile_networks, stop_compiling
+from t2iprobe.config import DEFAULT_BATCH
+from t2iprobe.devices import count_threads, inference_context, is_out_of_memory, release_memory
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy.batching import BatchSizes, find_memory
 from t2iprobe.pictures import picture_files, read_picture
-from t2iprobe.pipelines import Pipeline, accepted_arguments, setting_arguments
+from t2iprobe.pipelines import Pipeline, accepted_arguments, first_line, setting_arguments
 from t2iprobe.runs import PlanEntry, picture_seed
 
 if TYPE_CHECKING:
@@ -22,8 +28,27 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersSampler", "FolderSampler", "Sampler", "list_pictures", "picture_seed", "read_picture"]
 
 
+MOST_LANES = 8  # each has its own activations in RAM
+EMBEDDINGS_BYTES = 4 << 30  # of prompts' embeddings kept in RAM: 860 of Flux
+
+
+class Stopped(Exception):
+    """A batch was given up because the run is stopping."""
+
+
 class Sampler(Protocol):
-    """Whatever turns plan entries into pictures."""
+    """Whatever turns plan entries into pictures. `sample` is called from `workers` threads at once."""
+
+    workers: int
+    sizes: BatchSizes
+
+    def stop(self) -> None:
+        """Let batches under way end soon, with Stopped."""
+        ...
+
+    def resume(self) -> None:
+        """Draw again after `stop`."""
+        ...
 
     def sample(self, entries: Sequence[PlanEntry]) -> Sequence[np.ndarray | None]:
         """Return a picture uint8 [H, W, 3] for each entry, None for one that was skipped."""
@@ -43,6 +68,7 @@ _MASKED = (
 ENCODED: dict[str, tuple[str | None, ...]] = {
     "StableDiffusionPipeline": _GUIDED,
     "IFPipeline": _GUIDED,
+    "LatentConsistencyModelPipeline": ("prompt_embeds", None),
     "StableDiffusionXLPipeline": _POOLED,
     "StableDiffusion3Pipeline": _POOLED,
     "KolorsPipeline": _POOLED,
@@ -55,11 +81,14 @@ ENCODED: dict[str, tuple[str | None, ...]] = {
 
 
 class DiffusersSampler:
-    """Draw pictures with a diffusers pipeline, in batches across prompts.
+    """Draw pictures with a diffusers pipeline, in batches across prompts, from several threads at once.
 
     Each picture has its own generator on the CPU, seeded by its entry, so that it is the same in any batch
-    and on any device, to rounding. In float32 each picture is computed alone, which makes it exactly the
-    same: kernels may sum in another order for another batch size.
+    and on any device, to rounding. In float32 on a CPU each picture is computed alone, which makes it exactly
+    the same: kernels may sum in another order for another batch size.
+
+    A CPU has a lane for each of torch's threads, up to MOST_LANES: so many batches are drawn at the same
+    time and never wait for each other. Elsewhere one batch is drawn while another is judged.
     """
 
     def __init__(
@@ -71,22 +100,44 @@ class DiffusersSampler:
         size: int | None = None,
         dtype: str = "float32",
         average_lines: bool = False,
+        batch_size: int | None = None,
+        lanes: int | None = None,
+        compiled: bool = False,
     ) -> None:
         """Take a pipeline that `place_pipeline` placed in `dtype`; None leaves a setting to the pipeline.
 
         With `average_lines` a prompt of several lines is drawn from the mean of its lines' embeddings. Raises
-        UserError for a family whose embeddings have no mean.
+        UserError for a family whose embeddings have no mean. `batch_size` None is found while drawing,
+        `lanes` None are as many as suit the device. `compiled` networks are compiled at their first batch;
+        where that fails there is a warning, and they run as they are.
         """
         self.pipeline = pipeline
         self.dtype = dtype
         self.average_lines = average_lines
-        self._settings = setting_arguments(pipeline, steps, guidance, size)
-        self._embeddings: dict[str, tuple[torch.Tensor | None, ...]] = {}
+        self.configure(steps=steps, guidance=guidance, size=size)
         self._names = ENCODED.get(type(pipeline).__name__, ())
         if average_lines and self._names not in (_GUIDED, _POOLED):
             raise UserError(
                 f"the embeddings of a {type(pipeline).__name__} have no mean: leave mean_conditioning out"
             )
+        self._embeddings: dict[str, tuple[torch.Tensor | None, ...]] = {}
+        self._embedded_bytes = 0
+        self._unconditional: tuple[torch.Tensor | None, ...] | None = None
+        self._encoding = threading.Lock()
+        self._stopped = threading.Event()
+        self._compiled = compiled
+        if compiled:
+            compile_networks(pipeline)
+        kind = self._device.type
+        self.lanes = lanes or (min(count_threads(), MOST_LANES) if kind == "cpu" else 1)
+        self.workers = self.lanes if kind == "cpu" else self.lanes + 1
+        self._free_lanes = threading.Semaphore(self.lanes)
+        self._alone = dtype == "float32" and kind == "cpu"
+        self.sizes = BatchSizes(
+            batch_size or (DEFAULT_BATCH if self._alone else None),
+            memory=find_memory(str(self._device)),
+            lanes=self.lanes,
+        )
 
     @property
     def _device(self) -> "torch.device":
@@ -96,25 +147,68 @@ class DiffusersSampler:
         """Draw with other settings from now on; the embeddings of prompts are kept."""
         self._settings = setting_arguments(self.pipeline, steps, guidance, size)
 
-    def sample(self, entries: Sequence[PlanEntry]) -> list[np.ndarray | None]:
-        """Return a picture uint8 [H, W, 3] for each entry.
+    def stop(self) -> None:
+        """Let batches that other threads draw end at their next step, with Stopped."""
+        self._stopped.set()
 
-        Raises UserError naming the first picture that holds NaN even when its latents are decoded in float32.
+    def resume(self) -> None:
+        """Draw again after `stop`."""
+        self._stopped.clear()
+
+    def sample(self, entries: Sequence[PlanEntry]) -> list[np.ndarray | None]:
+        """Return a picture uint8 [H, W, 3] for each entry. A batch that does not fit the memory is halved.
+
+        Raises UserError naming the first picture that holds NaN even when its latents are decoded in float32,
+        and where not even one picture fits.
         """
-        size = 1 if self.dtype == "float32" else len(entries)
-        drawn = [self._draw(entries[start : start + size]) for start in range(0, len(entries), size)]
+        with self._free_lanes:
+            begin = time.perf_counter()
+            size = 1 if self._alone else len(entries)
+            drawn = [self._draw(entries[start : start + size]) for start in range(0, len(entries), size)]
+            self.sizes.learn(len(entries), time.perf_counter() - begin)
         return [picture for batch in drawn for picture in batch]
 
     def _draw(self, entries: Sequence[PlanEntry]) -> np.ndarray:
+        """Draw a batch, uint8 [n, H, W, 3], in halves where the memory is too small."""
+        compiled = self._compiled
+        try:
+            return self._draw_at_once(entries)
+        except (UserError, Stopped):
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                if not compiled:
+                    raise
+                self._stop_compiling(error)
+                return self._draw(entries)
+            if len(entries) == 1:
+                raise UserError(
+                    f"not even one picture fits the memory of {self._device} ({first_line(error)}): "
+                    "draw smaller ones (--size), or on a larger device"
+                ) from None
+        # Out here nothing holds on to what the failed batch took.
+        release_memory(str(self._device))
+        self.sizes.shrink(len(entries))
+        half = -(-len(entries) // 2)
+        return np.concatenate([self._draw(entries[:half]), self._draw(entries[half:])])
+
+    def _draw_at_once(self, entries: Sequence[PlanEntry]) -> np.ndarray:
         import torch
 
         generators = [torch.Generator("cpu").manual_seed(entry.seed) for entry in entries]
-        prompts = self._encode([entry.prompt for entry in entries])
-        with inference_context(self._device.type, self.dtype), _DecoderWatch(self.pipeline) as decoder:
-            pictures = self.pipeline(
+        prompts = self.encode([entry.prompt for entry in entries])
+        pipeline = _copy_for_a_batch(self.pipeline)
+        decoder = _DecoderWatch(pipeline)
+        with inference_context(self._device.type, self.dtype):
+            pictures = pipeline(
                 **prompts,
                 **self._settings,
-                **accepted_arguments(self.pipeline, generator=generators, output_type="np"),
+                **accepted_arguments(
+                    pipeline,
+                    generator=generators,
+                    output_type="np",
+                    callback_on_step_end=self._end_step,
+                ),
             ).images
         pictures = np.asarray(pictures, np.float32)
         broken = ~np.isfinite(pictures).all(axis=(1, 2, 3))
@@ -124,6 +218,17 @@ class DiffusersSampler:
             self._refuse_broken(pictures, entries)
         return (pictures * 255).round().clip(0, 255).astype(np.uint8)
 
+    def _stop_compiling(self, error: Exception) -> None:
+        with self._encoding:
+            if self._compiled:
+                self._compiled = False
+                stop_compiling(self.pipeline, error)
+
+    def _end_step(self, *_: Any) -> dict[str, Any]:
+        if self._stopped.is_set():
+            raise Stopped
+        return {}
+
     def _refuse_broken(self, pictures: np.ndarray, entries: Sequence[PlanEntry]) -> None:
         for picture, entry in zip(pictures, entries, strict=True):
             if not np.isfinite(picture).all():
@@ -132,46 +237,90 @@ class DiffusersSampler:
                     f"in {self.dtype}: try --dtype bfloat16 or float32; what is drawn so far is kept"
                 )
 
-    def _encode(self, prompts: Sequence[str]) -> dict[str, Any]:
+    @property
+    def known_prompts(self) -> Collection[str]:
+        """The prompts whose embeddings are kept."""
+        return self._embeddings.keys()
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Return the call's arguments for `prompts`. Every distinct prompt is encoded once, and alone."""
         import torch
 
         if not self._names:
             return {"prompt": list(prompts)}
-        with torch.inference_mode():
-            for prompt in dict.fromkeys(prompts):
-                lines = prompt.splitlines() if self.average_lines else [prompt]
-                for line in lines:
-                    if line not in self._embeddings:
-                        self._embeddings[line] = self._encode_one(line)
-                if prompt not in self._embeddings:
-                    self._embeddings[prompt] = _average([self._embeddings[line] for line in lines])
-            arguments: dict[str, Any] = {}
-            for column, name in enumerate(self._names):
-                parts = [self._embeddings[prompt][column] for prompt in prompts]
-                if name is not None and parts[0] is not None:
+        with self._encoding, torch.inference_mode():
+            found = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
+        arguments: dict[str, Any] = {}
+        for column, name in enumerate(self._names):
+            parts = [found[prompt][column] for prompt in prompts]
+            if name is not None and parts[0] is not None:
+                with torch.inference_mode():
                     arguments[name] = torch.cat(parts).to(self._device)  # type: ignore[arg-type]
         return arguments | accepted_arguments(self.pipeline, negative_prompt=None)
+
+    def _embed(self, prompt: str) -> "tuple[torch.Tensor | None, ...]":
+        """Return a prompt's embeddings, kept from before where there was room."""
+        if prompt in self._embeddings:
+            return self._embeddings[prompt]
+        lines = prompt.splitlines() if self.average_lines else [prompt]
+        if len(lines) > 1:
+            embedded = _average([self._embed(line) for line in lines])
+        else:
+            embedded = self._encode_one(prompt)
+        # What has no room is encoded again: a plan goes round its prompts, and whatever were thrown out for
+        # it would be the next to be asked for.
+        nbytes = sum(
+            part.numel() * part.element_size()
+            for part in embedded
+            if part is not None and not any(part is shared for shared in self._unconditional or ())
+        )
+        if self._embedded_bytes + nbytes <= EMBEDDINGS_BYTES:
+            self._embeddings[prompt] = embedded
+            self._embedded_bytes += nbytes
+        return embedded
 
     def _encode_one(self, prompt: str) -> "tuple[torch.Tensor | None, ...]":
         import torch
 
-        first = next(iter(self._embeddings.values()), None)
+        shared = self._unconditional
         # What the call would pass on by default, such as Sana's instruction to its language model.
         call = inspect.signature(self.pipeline.__call__).parameters
         defaults = {
             name: call[name].default for name in call if call[name].default is not inspect.Parameter.empty
         }
-        arguments = defaults | {"device": self._device, "do_classifier_free_guidance": first is None}
+        arguments = defaults | {"device": self._device, "do_classifier_free_guidance": shared is None}
         known = inspect.signature(self.pipeline.encode_prompt).parameters
         encoded = self.pipeline.encode_prompt(
             prompt, **{name: value for name, value in arguments.items() if name in known and name != "prompt"}
         )
         # Kept on the CPU: the embeddings of 860 prompts can be gigabytes. The unconditional ones are shared.
         parts = [part.cpu() if isinstance(part, torch.Tensor) else None for part in encoded]
+        if shared is None:
+            self._unconditional = tuple(
+                part if name is not None and name.startswith("negative") else None
+                for part, name in zip(parts, self._names, strict=False)
+            )
+            return tuple(parts)
         return tuple(
-            first[column] if part is None and first is not None else part for column, part in enumerate(parts)
+            other if part is None else part
+            for part, other in itertools.zip_longest(parts, shared, fillvalue=None)
         )
+
+
+def _copy_for_a_batch(pipeline: Pipeline) -> Pipeline:
+    """Copy what a call changes (scheduler, decoder's method, the pipeline's own notes), not the networks."""
+    own = copy.copy(pipeline)
+    for name in ("scheduler", "prior_scheduler", "decoder_scheduler"):
+        if getattr(own, name, None) is not None:
+            setattr(own, name, copy.deepcopy(getattr(own, name)))
+    if (name := _name_autoencoder(own)) is not None:
+        setattr(own, name, copy.copy(getattr(own, name)))
+    return own
+
+
+def _name_autoencoder(pipeline: Pipeline) -> str | None:
+    names = (name for name in ("vae", "vqvae", "movq") if hasattr(getattr(pipeline, name, None), "decode"))
+    return next(names, None)
 
 
 def _average(
@@ -187,36 +336,28 @@ def _average(
 
 
 class _DecoderWatch:
-    """Remember the latents that the pipeline's autoencoder was last given, to decode them again in float32.
+    """Remember the latents that a batch's autoencoder was last given, to decode them again in float32.
 
     The autoencoders of SD 1 and SDXL overflow float16 on some latents, and the picture is NaN.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        names = [
-            name for name in ("vae", "vqvae", "movq") if hasattr(getattr(pipeline, name, None), "decode")
-        ]
-        self._autoencoder: Any = getattr(pipeline, names[0]) if names else None
+        name = _name_autoencoder(pipeline)
         self._latents: torch.Tensor | None = None
+        if name is None:
+            return
+        self._autoencoder: Any = getattr(pipeline, name)
+        decode = self._autoencoder.decode
 
-    def __enter__(self) -> Self:
-        if self._autoencoder is not None:
-            decode = self._autoencoder.decode
+        def remember(latents: "torch.Tensor", *arguments: Any, **named: Any) -> Any:
+            self._latents = latents
+            decoded = decode(latents, *arguments, **named)
+            if isinstance(decoded, tuple):
+                return (decoded[0].float(), *decoded[1:])
+            decoded.sample = decoded.sample.float()  # numpy, which some families ask for, has no bfloat16
+            return decoded
 
-            def remember(latents: "torch.Tensor", *arguments: Any, **named: Any) -> Any:
-                self._latents = latents
-                decoded = decode(latents, *arguments, **named)
-                if isinstance(decoded, tuple):
-                    return (decoded[0].float(), *decoded[1:])
-                decoded.sample = decoded.sample.float()  # numpy, which some families ask for, has no bfloat16
-                return decoded
-
-            self._autoencoder.decode = remember  # hides the class's method until __exit__
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._autoencoder is not None:
-            del self._autoencoder.decode
+        self._autoencoder.decode = remember  # of this batch's own copy
 
     def decode_again(self, rows: np.ndarray) -> np.ndarray | float:
         """Return the pictures float32 [n, H, W, 3] of the batch's `rows`, or NaN where it cannot be done."""
@@ -224,6 +365,7 @@ class _DecoderWatch:
 
         if self._latents is None:
             return np.nan
+        del self._autoencoder.decode
         autoencoder = copy.deepcopy(self._autoencoder).float()
         latents = self._latents[torch.from_numpy(rows).to(self._latents.device)].float()
         decoded = autoencoder.decode(latents, return_dict=False)[0]
@@ -236,9 +378,17 @@ class FolderSampler:
     Transparent parts become white; the orientation that a camera noted is applied.
     """
 
-    def __init__(self, folder: str | Path, *, skip_bad: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, skip_bad: bool = False, batch_size: int | None = None) -> None:
         self.folder = Path(folder)
         self.skip_bad = skip_bad
+        self.workers = count_threads()
+        self.sizes = BatchSizes(batch_size or DEFAULT_BATCH, lanes=self.workers)
+
+    def stop(self) -> None:
+        """Nothing: reading a batch of files is short."""
+
+    def resume(self) -> None:
+        """Nothing."""
 
     def sample(self, entries: Sequence[PlanEntry]) -> list[np.ndarray | None]:
         """Return a picture uint8 [H, W, 3] for each entry, whose prompt is its file's path in the folder.

@@ -1,35 +1,25 @@
 """The study: plan → sample → score → store → analyse → report. It can be killed and continued anywhere."""
 
 import datetime
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from t2iprobe.acceleration import choose_attention
 from t2iprobe.config import Study, dump_study
 from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy import adaptive
+from t2iprobe.hypernymy.drawing import Progress, draw
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.prompts import MEAN
-from t2iprobe.hypernymy.sampling import (
-    DiffusersSampler,
-    FolderSampler,
-    Sampler,
-    list_pictures,
-    resize_picture,
-)
+from t2iprobe.hypernymy.sampling import DiffusersSampler, FolderSampler, Sampler, list_pictures
 from t2iprobe.hypernymy.scoring import Scorer, load_scorer, scorer_hash
 from t2iprobe.machine import list_versions
 from t2iprobe.pipelines import load_pipeline, model_hash, read_scheduler
-from t2iprobe.runs import SCHEMA, WHOLE, PlanEntry, Run, Share
+from t2iprobe.runs import SCHEMA, WHOLE, Run, Share
 from t2iprobe.storage import hash_files
 from t2iprobe.wordnet import WORDNET_HASH
-
-SHARD_PICTURES, SHARD_SECONDS = 32, 10.0  # a shard is written after either: what a kill can cost
-
-Progress = Callable[[int, int], None]  # pictures of this share stored or pending, of how many
 
 
 def run_study(
@@ -55,7 +45,7 @@ def run_study(
     """
     run = Run.create(out, make_manifest(study, out, folder), extend=extend)
     draw_share(run, study, share, folder=folder, skip_bad=skip_bad, progress=progress)
-    if run.complete:
+    if adaptive.is_complete(run):
         finish(run)
     return run
 
@@ -68,95 +58,39 @@ def draw_share(
     folder: Path | None = None,
     skip_bad: bool = False,
     progress: Progress | None = None,
+    wait: Callable[[], None] | None = None,
 ) -> None:
-    """Draw, judge and store what a share of an open run lacks; arguments as in `run_study`."""
-    with run.writing(share):
-        missing = run.missing(share)
-        if missing:
-            device = resolve_device(study.device)
-            scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
-            sampler: Sampler
-            if folder is not None:
-                sampler = FolderSampler(folder, skip_bad=skip_bad)
-            else:
-                sampler = load_sampler(study, device, run.manifest["identity"]["dtype"])
-            draw(run, missing, sampler, scorers, study, progress)
+    """Draw, judge and store what a share of an open run lacks; arguments as in `run_study`.
 
-
-def draw(
-    run: Run,
-    missing: Sequence[int],
-    sampler: Sampler,
-    scorers: Mapping[str, Scorer],
-    study: Study,
-    progress: Progress | None = None,
-) -> None:
-    """Draw, judge and store the pictures at the plan positions `missing`.
-
-    Whatever stops it, what is judged by then is stored.
+    `wait` returns when all processes that share the run have come there, which a run with a rule needs.
     """
-    pending = _Pending(run)
-    try:
-        for start in range(0, len(missing), study.batch_size):
-            positions = missing[start : start + study.batch_size]
-            pictures = sampler.sample([run.plan[position] for position in positions])
-            if study.resize is not None:
-                pictures = [p if p is None else resize_picture(p, study.resize) for p in pictures]
-            pending.add(positions, pictures, score_pictures(pictures, scorers))
-            if progress is not None:
-                progress(start + len(positions), len(missing))
-    finally:
-        pending.flush()
+    if share != WHOLE and wait is None:
+        adaptive.refuse_shares(run)
+    with run.writing(share):
+        loaded: tuple[Sampler, dict[str, Scorer]] | None = None
+        for missing in adaptive.list_rounds(run, share, wait):
+            loaded = loaded or _load_networks(run, study, folder, skip_bad)
+            draw(run, missing, *loaded, study, progress)
 
 
-def score_pictures(
-    pictures: Sequence[np.ndarray | None], scorers: Mapping[str, Scorer]
-) -> dict[str, np.ndarray]:
-    """Return classifier → logits float32 [n, C], zero where a picture is None."""
-    rows = [row for row, picture in enumerate(pictures) if picture is not None]
-    readable = [picture for picture in pictures if picture is not None]
-    logits = {}
-    for name, scorer in scorers.items():
-        logits[name] = np.zeros((len(pictures), scorer.classes), np.float32)
-        if rows:
-            logits[name][rows] = scorer.score(readable)
-    return logits
-
-
-class _Pending:
-    """Judged pictures that wait to be stored together: a shard a picture would be many small files."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._clear()
-
-    def _clear(self) -> None:
-        self.since = time.monotonic()
-        self.positions: list[int] = []
-        self.pictures: list[np.ndarray | None] = []
-        self.logits: dict[str, list[np.ndarray]] = {}
-
-    def add(
-        self, positions: Sequence[int], pictures: Sequence[np.ndarray | None], logits: dict[str, np.ndarray]
-    ) -> None:
-        self.positions += positions
-        self.pictures += pictures
-        for name, values in logits.items():
-            self.logits.setdefault(name, []).append(values)
-        if len(self.positions) >= SHARD_PICTURES or time.monotonic() - self.since > SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.positions:
-            logits = {name: np.concatenate(values) for name, values in self.logits.items()}
-            self.run.write_shard(self.positions, logits, self.pictures)
-        self._clear()
+def _load_networks(
+    run: Run, study: Study, folder: Path | None, skip_bad: bool
+) -> tuple[Sampler, dict[str, Scorer]]:
+    device = resolve_device(study.device)
+    scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
+    sampler: Sampler
+    if folder is not None:
+        sampler = FolderSampler(folder, skip_bad=skip_bad, batch_size=study.fixed_batch_size)
+    else:
+        sampler = load_sampler(study, device, run.manifest["identity"]["dtype"])
+    return sampler, scorers
 
 
 def finish(run: Run) -> None:
-    """Write the report of a complete run, unless it is there and newer than every shard."""
+    """Write the report of a complete run, unless it is there and newer than every shard and the manifest."""
     written = [run.path / name for name in ("report.html", "results.json")]
-    newest = max(shard.stat().st_mtime_ns for shard in run.shards)
+    # The manifest, too: --extend may have changed the rule.
+    newest = max(path.stat().st_mtime_ns for path in (*run.shards, run.path / "manifest.json"))
     if any(not path.exists() or path.stat().st_mtime_ns < newest for path in written):
         from t2iprobe.hypernymy.report import write_report
 
@@ -184,6 +118,8 @@ def load_sampler(study: Study, device: str, dtype: str) -> DiffusersSampler:
     pipeline = load_pipeline(
         study.model, device=device, dtype=dtype, variant=study.variant, scheduler=study.scheduler
     )
+    if study.attention is not None:
+        choose_attention(pipeline, study.attention)
     return DiffusersSampler(
         pipeline,
         steps=study.steps,
@@ -191,6 +127,8 @@ def load_sampler(study: Study, device: str, dtype: str) -> DiffusersSampler:
         size=study.size,
         dtype=dtype,
         average_lines=study.mean_conditioning,
+        batch_size=study.fixed_batch_size,
+        compiled=study.compile,
     )
 
 
@@ -221,6 +159,7 @@ def make_manifest(
         if stored["configuration"] == configuration and stored["inputs"] == inputs:
             return stored
     hierarchy = load_hierarchy(study)
+    until = adaptive.check_study(study, folder)
     prompts = _list_folder(folder, hierarchy) if folder else write_prompts(study, hierarchy)
     samples = 1 if folder else study.samples
     place = describe_place(study, judges_only=folder is not None) if told is None else told
@@ -254,6 +193,9 @@ def make_manifest(
         identity |= {"languages": study.languages, "words": study.words}
     if folder is None and (study.common_seeds or study.languages):
         segment["common_seeds"] = True
+    if until is not None:
+        hashed = {"against": inputs["against"]["hash"]} if "against" in inputs else {}
+        identity["until"] = until.identify() | hashed
     return {
         "schema": SCHEMA,
         "configuration": configuration,
@@ -311,6 +253,7 @@ def hash_inputs(
     return {
         **networks,
         "files": {name: hash_files({"": Path(name)}) for name in named if Path(name).is_file()},
+        **({"against": against} if (against := adaptive.hash_against(study)) else {}),
     }
 
 
@@ -368,35 +311,29 @@ def _list_folder(folder: Path, hierarchy: Hierarchy) -> dict[str, dict[str, str]
 def plan_study(study: Study, out: str | Path | None, *, measure: bool = True) -> dict[str, Any]:
     """Describe what a run would do: pictures, synsets, settings, what is stored, seconds. Writes nothing.
 
-    The time is measured by drawing and judging one batch, which is thrown away.
+    The time is measured, see `prediction.predict`.
     """
     manifest = make_manifest(study, out)
     plan = Run(Path(out or "."), manifest).plan
-    done = 0
+    missing = list(range(len(plan)))
     if out is not None and (Path(out) / "manifest.json").exists():
-        done = len(Run.open(out).done())
-    seconds = _measure_seconds(study, manifest, plan) if measure and len(plan) > done else None
-    return {
+        missing = Run.open(out).missing()  # of a run with a rule: at most
+    found = {
         "pictures": len(plan),
-        "stored": done,
+        "stored": len(plan) - len(missing),
         "synsets": len(manifest["identity"]["synsets"]),
         "prompts": sum(
             len(prompts) for segment in manifest["plan"] for prompts in segment["prompts"].values()
         ),
         "first_prompt": plan[0].prompt,
-        "seconds_per_picture": seconds,
-        "seconds": None if seconds is None else seconds * (len(plan) - done),
+        "predicted_seconds": None,
         "configuration": manifest["configuration"],
         "dtype": manifest["identity"]["dtype"],
     }
+    if study.until is not None:
+        found["until"] = adaptive.describe_plan(manifest, plan)
+    if measure and missing:
+        from t2iprobe.hypernymy.prediction import predict
 
-
-def _measure_seconds(study: Study, manifest: dict[str, Any], plan: Sequence[PlanEntry]) -> float:
-    device = resolve_device(study.device)
-    sampler = load_sampler(study, device, manifest["identity"]["dtype"])
-    scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
-    batch = plan[: study.batch_size]
-    score_pictures(sampler.sample(batch[:1]), scorers)  # the first call of a network sets it up
-    begin = time.perf_counter()
-    score_pictures(sampler.sample(batch), scorers)
-    return (time.perf_counter() - begin) / len(batch)
+        found |= predict(study, manifest, missing)
+    return found

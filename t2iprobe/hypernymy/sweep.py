@@ -19,6 +19,7 @@ from typing import Any
 from t2iprobe.config import SWEPT, Study, dump_study, make_study
 from t2iprobe.devices import resolve_device
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy.drawing import score_pictures
 from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.hypernymy.scoring import Scorer
 from t2iprobe.hypernymy.study import (
@@ -29,7 +30,6 @@ from t2iprobe.hypernymy.study import (
     load_sampler,
     load_scorers,
     make_manifest,
-    score_pictures,
 )
 from t2iprobe.pipelines import find_scheduler
 from t2iprobe.plans import build_plan
@@ -205,7 +205,7 @@ def plan_sweep(
 def _measure_cells(study: Study, cells: Sequence[Cell], manifest: Mapping[str, Any]) -> list[float]:
     """Seconds a picture of each cell."""
     bench = _Bench(study, manifest["identity"]["dtype"])
-    batch = build_plan(manifest["plan"], study.seed)[: study.batch_size]
+    batch = build_plan(manifest["plan"], study.seed)[: study.pictures_at_once]
 
     def measure(cell: Cell) -> float:
         bench.turn_to(cell.study)

@@ -32,7 +32,7 @@ from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.metrics import in_subtree_probabilities
 from t2iprobe.hypernymy.prompts import render
 from t2iprobe.hypernymy.results import read_results
-from t2iprobe.hypernymy.sampling import DiffusersSampler
+from t2iprobe.hypernymy.sampling import DiffusersSampler, resize_picture
 from t2iprobe.hypernymy.scoring import Scorer
 from t2iprobe.intervals import describe_difference, describe_probability, holm
 from t2iprobe.inversion.backbones import Backbone
@@ -354,8 +354,8 @@ class _Prober:
             dtype=self.backbone.dtype,
         )
         drawn: list[np.ndarray] = []
-        for start in range(0, len(entries), study.batch_size):
-            part = entries[start : start + study.batch_size]
+        for start in range(0, len(entries), study.pictures_at_once):
+            part = entries[start : start + study.pictures_at_once]
             if method is not None:
                 part = [
                     PlanEntry(e.synset, e.template, e.index, method.rows.expand(e.prompt), e.seed)
@@ -363,11 +363,11 @@ class _Prober:
                 ]
             drawn += [picture for picture in sampler.sample(part) if picture is not None]
         if study.resize is not None:
-            drawn = [probe.resize_picture(picture, study.resize) for picture in drawn]
+            drawn = [resize_picture(picture, study.resize) for picture in drawn]
         logits = np.concatenate(
             [
-                self.scorer.score(drawn[start : start + study.batch_size])
-                for start in range(0, len(drawn), study.batch_size)
+                self.scorer.score(drawn[start : start + study.pictures_at_once])
+                for start in range(0, len(drawn), study.pictures_at_once)
             ]
         )
         probabilities = [

@@ -179,13 +179,27 @@ def test_prompts_and_templates_of_ones_own(tiny_model: Path, tmp_path: Path) -> 
         plan_study(make_study(tiny_model, synsets="domestic_cat", prompts=file), None, measure=False)
 
 
-def test_a_plan_measures_its_cost_and_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_plan_predicts_its_cost_and_writes_nothing(tiny_model: Path, tmp_path: Path) -> None:
     plan = plan_study(make_study(tiny_model), tmp_path / "run")
 
-    assert plan["pictures"] == 6
-    assert plan["seconds"] == pytest.approx(plan["seconds_per_picture"] * 6)
-    assert plan["seconds"] > 0
+    assert (plan["pictures"], plan["stored"]) == (6, 0)
+    assert plan["predicted_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    assert all(value > 0 for key, value in plan["seconds"].items() if key != "prompts")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_steps_and_pictures(tiny_model: Path, tmp_path: Path) -> None:
+    few = plan_study(make_study(tiny_model, samples=8, steps=10), None)
+    many = plan_study(make_study(tiny_model, samples=8, steps=160), None)
+
+    assert few["step_seconds"] > 0
+    batches = 24 / few["batch_size"]
+    added = 150 * batches * few["step_seconds"] / few["lanes"]
+    assert many["seconds"]["pictures"] - few["seconds"]["pictures"] == pytest.approx(added, rel=0.5)
+    run_study(make_study(tiny_model, samples=8, steps=10), tmp_path / "run")
+    assert (
+        plan_study(make_study(tiny_model, samples=8, steps=10), tmp_path / "run")["predicted_seconds"] is None
+    )
 
 
 def test_the_published_resize_comes_before_judging(tiny_model: Path, tmp_path: Path) -> None:
