@@ -84,7 +84,13 @@ def run(
         str | None,
         typer.Option(help="nonleaf, leaves, all, subtree:NAME, names, wnids, lemmas or files, by commas."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Pictures a synset and template.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Pictures a synset and template; with --until at most.")
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help='Draw where it tells most, until "isp ± 0.005", "isp - RUN ± 0.005" or "unknown".'),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all pictures.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of guidance.")] = None,
@@ -104,7 +110,7 @@ def run(
     hierarchy: Annotated[
         Path | None, typer.Option(help="CSV of wnids of a classifier with other labels.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Pictures drawn at once, or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
     keep: Annotated[str | None, typer.Option(help="Pictures to keep: all, thumbnails or none.")] = None,
@@ -134,6 +140,7 @@ def run(
         "classifiers": classifier,
         "synsets": synsets,
         "samples": samples,
+        "until": until,
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
@@ -283,11 +290,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every stored shard and picture of a run. Exit code 2 where something is damaged."""
+    from t2iprobe.hypernymy.adaptive import find_missing
     from t2iprobe.runs import Run
 
     checked = Run.open(folder)
     problems = checked.verify(repair=repair)
-    missing = len(checked.missing()) if repair or not problems else None
+    missing = len(find_missing(checked)) if repair or not problems else None
     found = {
         "problems": problems,
         "repaired": repair and bool(problems),
@@ -344,6 +352,7 @@ def _default_out(out: Path | None, name: str) -> Path:
 
 
 def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None:
+    from t2iprobe.hypernymy.adaptive import is_complete
     from t2iprobe.hypernymy.results import read_results
     from t2iprobe.runs import Run
 
@@ -355,7 +364,7 @@ def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None
     except KeyboardInterrupt:
         print(f"t2iprobe: stopped: {_count(Run, out)}; the same command continues", file=sys.stderr)
         sys.exit(130)
-    if finished.complete:
+    if is_complete(finished):
         last = f"report: {finished.path / 'report.html'}"
         _print_results(read_results(finished), as_json, last, _describe_languages(finished))
     else:
@@ -423,13 +432,16 @@ def _progress_bar() -> Any:
 
 
 def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
+    from t2iprobe.hypernymy.adaptive import describe_rule
     from t2iprobe.hypernymy.study import plan_study
 
     plan = plan_study(study, out)
-    cost = "unknown" if plan["seconds"] is None else duration(plan["seconds"])
+    seconds = plan["predicted_seconds"]
+    cost = "none" if seconds is None else f"{duration(seconds)} ({plan['batch_size']} pictures at once)"
     lines = [
         f"{plan['pictures']} pictures of {plan['synsets']} synsets, {plan['stored']} of them stored",
         f"first prompt: {plan['first_prompt']}",
+        *([describe_rule(plan["until"])] if "until" in plan else []),
         f"time left here: {cost}",
         *(f"  {key}: {plain(value)}" for key, value in plan["configuration"].items() if value is not None),
     ]
@@ -455,6 +467,10 @@ def _print_results(
             lines.append(f"{label:24} {found['value']:.4f}{interval}")
     rows = results["synsets"]
     lines.append(f"{'known synsets':24} {sum(row['known'] for row in rows)} of {len(rows)}")
+    if "until" in results:
+        from t2iprobe.hypernymy.adaptive_results import describe_lines
+
+        lines += describe_lines(results["until"])
     print_found(results, as_json, "\n".join([*lines, *more, *([last] if last else [])]))
 
 

@@ -73,6 +73,10 @@ def reconcile(stored: Manifest, wanted: Manifest, where: Path, *, extend: bool) 
             f"{where} holds a run with another configuration: {'; '.join(differences)}. "
             "Give another --out, or the settings of that run"
         )
+    rules = [{"until": manifest["identity"].get("until")} for manifest in (stored, wanted)]
+    if rules[0] != rules[1] and not extend:
+        change = "; ".join(_differences(*rules, skipped=()))
+        raise UserError(f"{where} holds a run with another end: {change}. Add --extend to go on to it")
     old, new = (
         {
             (entry.synset, entry.template, entry.index): entry.prompt
@@ -81,7 +85,8 @@ def reconcile(stored: Manifest, wanted: Manifest, where: Path, *, extend: bool) 
         for manifest in (stored, wanted)
     )
     if old == new:
-        return stored
+        kept = {"plan": stored["plan"], "created": stored["created"]}
+        return stored if rules[0] == rules[1] else {**wanted, **kept}
     grown = old.items() <= new.items()
     if grown and extend:
         return {**wanted, "plan": [*stored["plan"], *wanted["plan"]], "created": stored["created"]}
@@ -90,13 +95,16 @@ def reconcile(stored: Manifest, wanted: Manifest, where: Path, *, extend: bool) 
     raise UserError(f"{where} holds a run with another plan: {change}; {advice}")
 
 
-GROWING = ("samples", "synsets")  # compared as the plan, which --extend may enlarge
+# Compared as the plan, which --extend may enlarge, and as the rule, which it may change.
+GROWING = ("samples", "synsets", "until")
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], skipped: Sequence[str] = GROWING
+) -> list[str]:
     """Return "key: old → new" for the leaves of two identities that differ."""
     flat_old, flat_new = _flatten(old), _flatten(new)
-    keys = [key for key in flat_old | flat_new if key.split(".")[0] not in GROWING]
+    keys = [key for key in flat_old | flat_new if key.split(".")[0] not in skipped]
     return [
         f"{key}: {_show(flat_old.get(key))} → {_show(flat_new.get(key))}"
         for key in keys

@@ -169,14 +169,14 @@ class Run:
     def logits(self, classifier: str | None = None) -> dict[str, np.ndarray]:
         """Return synset → logits float32 [N, C] of one classifier (the first by default), in plan order."""
         by_synset: dict[str, list[np.ndarray]] = {}
-        for index, row in self._logit_rows(classifier).items():
+        for index, row in self.logit_rows(classifier).items():
             by_synset.setdefault(self.plan[index].synset, []).append(row)
         return {synset: np.stack(by_synset[synset]) for synset in sorted(by_synset)}
 
     def logits_by_template(self, classifier: str | None = None) -> dict[str, dict[str, np.ndarray]]:
         """Return template → synset → logits float32 [N, C], as `logits`; templates in the plan's order."""
         found: dict[str, dict[str, list[np.ndarray]]] = {}
-        for index, row in self._logit_rows(classifier).items():
+        for index, row in self.logit_rows(classifier).items():
             entry = self.plan[index]
             found.setdefault(entry.template, {}).setdefault(entry.synset, []).append(row)
         return {
@@ -184,8 +184,8 @@ class Run:
             for template, rows in found.items()
         }
 
-    def _logit_rows(self, classifier: str | None) -> dict[int, np.ndarray]:
-        """Return plan position → logits [C] of what is stored and not skipped, in plan order."""
+    def logit_rows(self, classifier: str | None = None) -> dict[int, np.ndarray]:
+        """Return plan position → logits float32 [C] of what is stored and not skipped, in plan order."""
         name = classifier or self.classifiers[0]
         if name not in self.classifiers:
             raise UserError(f"the run has no classifier {name!r}{suggest(name, self.classifiers)}")

@@ -163,6 +163,8 @@ def write_command(results: Results) -> str:
             continue
         if key == "classifiers" and value != defaults[key]:
             parts += [part for name in value for part in ("--classifier", name)]
+        elif key == "until" and value:
+            parts += ["--until", value]
         elif key in ("model", "synsets", "samples", "seed") and not folder:
             parts += [f"--{key}", str(value)]
         elif value != defaults[key]:
@@ -187,6 +189,11 @@ def describe_test(results: Results) -> str:
     """Return how a word was found to be known or unknown, with how often each test was used."""
     test = results["unknown_test"]
     text = test["text"]
+    if "bets" in test:
+        return (
+            f"{text[0].upper()}{text[1:]}. Here: {test['bets']} by bets, {test['not_testable']} not testable "
+            "(every class lies below it)."
+        )
     return (
         f"{text[0].upper()}{text[1:]}. Here: {test['rank']} by rank, {test['t']} by t-test, "
         f"{test['not_testable']} not testable (every class lies below it)."

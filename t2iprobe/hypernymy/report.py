@@ -9,7 +9,7 @@ from typing import Any
 
 from t2iprobe.config import Study
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy import facts
+from t2iprobe.hypernymy import adaptive, adaptive_results, facts
 from t2iprobe.hypernymy.agreement import agree_on_synsets
 from t2iprobe.hypernymy.comparison_page import Side, render_comparison
 from t2iprobe.hypernymy.hierarchy import Hierarchy
@@ -56,13 +56,19 @@ def write_report(run: Run) -> Path:
 def gather_results(run: Run) -> dict[str, Any]:
     """Return what results.json holds: the first classifier's results, then every one's, and the settings."""
     hierarchy = find_hierarchy(run)
-    analyses = {name: analyse(run.logits(name), hierarchy) for name in run.classifiers}
+    more: dict[str, Any] = {}
+    if adaptive.has_rule(run):
+        analyses, more["until"] = adaptive_results.analyse_run(run, hierarchy)
+    else:
+        analyses = {name: analyse(run.logits(name), hierarchy) for name in run.classifiers}
     first = dict(analyses[run.classifiers[0]])
-    if missing := len(run.missing()):
+    if missing := len(adaptive.find_missing(run)):
         text = f"the run is not complete: {missing} of its {len(run.plan)} pictures are still to be drawn"
+        if more:
+            text = f"the run is not complete: its next look needs {missing} more pictures"
         first["warnings"] = [text, *first["warnings"]]
     settings = {key: run.manifest[key] for key in SETTINGS}
-    more = {"agreement": agree_on_synsets(analyses)} if len(analyses) > 1 else {}
+    more |= {"agreement": agree_on_synsets(analyses)} if len(analyses) > 1 else {}
     return {"schema": SCHEMA, **first, **settings, "classifiers": analyses, **more}
 
 
@@ -153,9 +159,11 @@ def write_comparison(run_a: Run, run_b: Run, out: str | Path) -> Path:
             f"{', '.join(run_b.classifiers)}): judge both with one"
         )
     hierarchy = find_hierarchy(run_a)
-    logits = [run.logits(classifier) for run in (run_a, run_b)]
+    found = [adaptive_results.comparable_logits(run, classifier) for run in (run_a, run_b)]
+    logits = [each for each, _ in found]
     same = draw_same_pictures(run_a, run_b)
     results = compare(logits[0], logits[1], hierarchy, same_pictures=same)
+    results["warnings"] = [warning for _, warnings in found for warning in warnings] + results["warnings"]
     sides = [
         describe_side(run, values, classifier, hierarchy)
         for run, values in zip((run_a, run_b), logits, strict=True)

@@ -171,7 +171,7 @@ function numbersOf(result) {
     ...pair("Chance", `${score(result.floor)} (${result.classes} class${result.classes === 1 ? "" : "es"} below)`,
       result.chance === null ? "" : `; other prompts’ pictures give it ${score(result.chance)}`),
     ...pair("Known", result.test === "none" ? "by definition: every class lies below it"
-      : `${result.known ? "yes" : "no"}, p ${asP(result.p)}, q ${asP(result.q)} (${result.test === "t" ? "t-test over pictures" : "rank among prompts"})`),
+      : `${result.known ? "yes" : "no"}, p ${asP(result.p)}, q ${asP(result.q)} (${{ t: "t-test over pictures", bets: "bets on pictures" }[result.test] ?? "rank among prompts"})`),
     ...pair(`SCS, N = ${result.samples}`, result.scs === null ? "none: one class below" : `${score(result.scs)} ± ${score(result.scs_stderr)} (${score(result.scs_raw)} nats), corrected ${score(result.scs_corrected)}`),
     ...pair("Entropies", `within a picture ${score(result.subtree_entropy)}, over all ${score(result.marginal_entropy)} nats`), ...others);
 }
