@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,27 @@ def test_a_run_in_pieces_decides_what_a_run_in_one_does(drawn: Run, tmp_path: Pa
     assert gather_results(run)["until"] == gather_results(drawn)["until"]
 
 
+def test_processes_that_wait_for_each_other_share_a_run(drawn: Run, tmp_path: Path) -> None:
+    """As those of a launch do: all see the same pictures before anybody draws more."""
+    path = create_run(tmp_path / "run", "isp ± 0.016").path
+    logits = make_logits(drawn.plan, 0, 0.3)
+    together = threading.Barrier(2)
+
+    def work(index: int) -> int:
+        run, rounds = Run.open(path), 0
+        for mine in adaptive.list_rounds(run, (index, 2), lambda: together.wait(60) and None):
+            assert {position % 2 for position in mine} == {index}
+            run.write_shard(mine, {"embedded": logits[mine]})
+            rounds += 1
+        return rounds
+
+    with ThreadPoolExecutor(2) as pool:
+        rounds = list(pool.map(work, (0, 1)))
+
+    assert rounds == [len(gather_results(drawn)["until"]["looks"])] * 2
+    assert Run.open(path).done() == drawn.done()
+
+
 def test_a_part_of_a_run_is_reported_as_such(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", "isp ± 0.016")
     draw_rounds(run, rounds=2)
@@ -264,6 +287,7 @@ def test_a_plan_says_that_it_may_end_before(tiny_model: Path, tmp_path: Path) ->
     assert plan["until"] == {"rule": "isp ± 0.3", "pictures_first": 6, "pictures_most": 18}
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     words = ["hypernymy", "run", "--model", tiny_model, "--synsets", "dog.n.01,bird,n02121808",
              "--samples", 40, "--steps", 1, "--dtype", "float32", "--keep", "none"]  # fmt: skip

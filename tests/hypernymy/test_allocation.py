@@ -51,12 +51,14 @@ def test_the_plain_mean_of_such_a_run_leans_low(courses, means):
     assert np.mean(plain) < -5 * np.std(plain, ddof=1) / np.sqrt(len(plain))
 
 
-def test_half_the_pictures_of_equal_numbers_are_enough(courses, means):
-    equal = 1.96**2 * (0.3 * means * (1 - means)).mean() / (SYNSETS * 0.0025**2)
+def test_fewer_pictures_than_equal_numbers_are_enough(courses, means):
+    variances = 0.3 * means * (1 - means)
+    equal = 1.96**2 * variances.mean() / (SYNSETS * 0.0025**2)
+    best = equal * np.sqrt(variances).mean() ** 2 / variances.mean()  # Neyman's, who knows the spreads
     used = np.mean([course.wanted.mean() for course, _ in courses])
 
     assert equal > 20
-    assert used < 0.6 * equal  # for these spreads the best possible is .46 (Neyman)
+    assert best < used < 0.75 * equal
 
 
 def test_a_half_is_not_decided_by_its_own_pictures(means):
@@ -64,14 +66,15 @@ def test_a_half_is_not_decided_by_its_own_pictures(means):
     values = draw_skewed(np.random.default_rng(1), means, 8)
     halves = Halves.split(values, 8)
     changed = values.copy()
-    changed[5, ::2] = [0.0, 1.0, 0.0, 1.0]  # the first half of one synset
+    assert means[1] < 0.01
+    changed[1, ::2] = [0.0, 1.0, 0.0, 1.0]  # the first half of one synset, which never hit
     weights = [plan_units(each).predicted for each in (halves, Halves.split(changed, 8))]
 
     ratio = weights[1] / weights[0]
-    others = np.delete(ratio, 5, axis=1)
-    assert ratio[1, 5] > 5
+    others = np.delete(ratio, 1, axis=1)
+    assert ratio[1, 1] > 5
     # Itself it moves only as one of all the synsets that the mix is fitted to.
-    assert abs(np.log(ratio[0, 5])) <= np.abs(np.log(others)).max() + 0.05
+    assert abs(np.log(ratio[0, 1])) <= np.abs(np.log(others)).max() + 0.05
     assert np.abs(np.log(others)).max() < 0.5
 
 
