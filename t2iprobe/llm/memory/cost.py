@@ -513,7 +513,8 @@ _FILE_BYTES = 64 << 20
 _PIECE = 4 << 20
 _CONTEXT = 384
 _BESIDE_SECONDS = 0.3
-_BATCH, _CHUNKS = 16, 30  # texts of a chunk, and how often one is brought and put back
+# Texts of a chunk; chunks that are brought and put back in turn, so that none waits in a CPU's own cache; turns.
+_BATCH, _CHUNKS, _TURNS = 16, 12, 3
 
 
 class _First:
@@ -558,10 +559,11 @@ def measure_hardware(
         disk_read = _measure_reads(source, repeats, clock)
         copy = QuantizedSource(_First(source, 2), 4)
         grows = sum(map(copy.nbytes, range(copy.layers))) / sum(map(copy.traffic, range(copy.layers)))
-        read_steals = passes.measure_theft(_read_for_ever(source))
-        dequantize_steals = passes.measure_theft(_read_for_ever(copy))
+        read_steals, _ = passes.measure_theft(_read_for_ever(source))
+        # While nothing is computed nobody waits for weights: what counts is how fast they come beside it.
+        dequantize_steals, dequantized = passes.measure_theft(_read_for_ever(copy))
         file_write, file_read = _measure_files(folder, clock)
-        file_steals = passes.measure_theft(_read_file_for_ever(folder))
+        file_steals, _ = passes.measure_theft(_read_file_for_ever(folder))
     moving = _measure_cache(shape, "ram", None, like, clock)
     packing = _measure_cache(shape, "device", 4, like, clock)
     links = _measure_links(device, repeats, clock) if device.type != "cpu" else (None, None)
@@ -574,7 +576,7 @@ def measure_hardware(
         disk_read=disk_read,
         file_read=file_read,
         file_write=file_write,
-        dequantize=grows * _measure_reads(copy, repeats, clock),
+        dequantize=grows * dequantized,
         cache_copy=moving[0],
         cache_dequantize=packing[0],
         cache_quantize=packing[1],
@@ -681,8 +683,11 @@ class _Passes:
             seconds.append(self.clock() - began)
         return statistics.median(seconds)
 
-    def measure_theft(self, work: Iterator[int]) -> float:
-        """Return the seconds that passes lose for each byte of `work` that a thread does meanwhile."""
+    def measure_theft(self, work: Iterator[int]) -> tuple[float, float]:
+        """Return what `work`, that a thread does beside passes, costs and gets done.
+
+        The seconds that the passes lose for each of its bytes, and its bytes a second.
+        """
         run = self.prepare(16, 1, 1)
         alone = statistics.median(sum(run()) for _ in range(5))
         ends, done = threading.Event(), [0]
@@ -701,11 +706,11 @@ class _Passes:
             while self.clock() - began < _BESIDE_SECONDS:
                 run()
                 passes += 1
-            lost, nbytes = self.clock() - began - passes * alone, done[0] - before
+            seconds, nbytes = self.clock() - began, max(1, done[0] - before)
         finally:
             ends.set()
             worker.join()
-        return max(0.0, lost) / nbytes if nbytes else 0.0
+        return max(0.0, seconds - passes * alone) / nbytes, nbytes / seconds
 
 
 def _read_for_ever(source: Source) -> Iterator[int]:
@@ -804,13 +809,14 @@ def _measure_cache(
         size = (_BATCH, shape.kv_heads, before + rows, shape.head_dim)
         states = torch.randn(size, dtype=like.dtype, device=like.device)
         if before:
-            cache.update(states[:, :, :before], states[:, :, :before], 0)
+            for chunk in range(_CHUNKS):
+                cache.update(states[:, :, :before], states[:, :, :before], chunk)
             cache.advance(before)
         seconds = []
-        for _ in range(_CHUNKS):
+        for chunk in [*range(_CHUNKS)] * _TURNS:
             began = clock()
-            cache.update(states[:, :, before:], states[:, :, before:], 0)
-            cache.settle(0)
+            cache.update(states[:, :, before:], states[:, :, before:], chunk)
+            cache.settle(chunk)
             if like.device.type == "cuda":
                 torch.cuda.synchronize(like.device)
             seconds.append(clock() - began)
