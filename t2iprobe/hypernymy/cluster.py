@@ -71,8 +71,9 @@ def run_on_cluster(
     """
     with connected(cluster, study.device) as crew:
         told = crew.ask(partial(_describe_worker, study))
-        run = Run.create(out, make_manifest(study, out, told=told), extend=extend)
-        refuse_shares(run)
+        manifest = make_manifest(study, out, told=told)
+        refuse_shares(Run(Path(out), manifest))
+        run = Run.create(out, manifest, extend=extend)
         costs = None
         with run.writing():
             if missing := run.missing():
