@@ -5,6 +5,7 @@ stores what comes back. Workers hold a loaded model and nothing else: they need 
 """
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import t2iprobe
 from t2iprobe.errors import UserError
+from t2iprobe.storage import explain_full_disk, write_atomically
 
 LOCAL = "local"  # a cluster of this machine alone, started for the call
 CONNECT_SECONDS = 10.0  # to hear from an address
@@ -356,6 +358,12 @@ def _open(answer: tuple[bool, Any]) -> Any:
     if not good:
         raise UserError(found)
     return found
+
+
+def write_costs(folder: Path, costs: Costs) -> None:
+    """Write ``folder/cluster.json``, which tells while the work goes on what it has cost so far."""
+    with explain_full_disk(folder):
+        write_atomically(folder / "cluster.json", json.dumps(costs, indent=1).encode())
 
 
 def describe_costs(costs: Costs, unit: str) -> list[str]:

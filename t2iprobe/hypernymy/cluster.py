@@ -1,6 +1,5 @@
 """A run on many devices: the processes of one launch, or the workers of a Ray cluster."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import t2iprobe
-from t2iprobe.cluster import Cluster, Costs, connected
+from t2iprobe.cluster import Cluster, Costs, connected, write_costs
 from t2iprobe.config import Study
 from t2iprobe.devices import resolve_device
 from t2iprobe.errors import UserError
@@ -27,7 +26,6 @@ from t2iprobe.hypernymy.study import (
 )
 from t2iprobe.launch import Launch
 from t2iprobe.runs import Run, Shard
-from t2iprobe.storage import write_atomically
 
 SHARD_BATCHES = 16  # of a shard, at most: what a dead worker can cost
 
@@ -80,7 +78,7 @@ def run_on_cluster(
                 classes = len(load_hierarchy(study).classes)
 
                 def tell(costs: Costs) -> None:
-                    write_atomically(run.path / "cluster.json", json.dumps(costs, indent=1).encode())
+                    write_costs(run.path, costs)
                     if show is not None:
                         show(costs)
 

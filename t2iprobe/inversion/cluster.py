@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import t2iprobe
-from t2iprobe.cluster import Cluster, Costs, connected
+from t2iprobe.cluster import Cluster, Costs, connected, write_costs
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.commands import list_concepts, load_backbone, read_concept, train_chosen
 from t2iprobe.inversion.concepts import Concept, load_concept
@@ -95,7 +95,7 @@ def train_on_cluster(
         _make_folder(out)
 
         def tell(costs: Costs) -> None:
-            write_atomically(out / "cluster.json", json.dumps(costs, indent=1).encode())
+            write_costs(out, costs)
             if show is not None:
                 show(costs)
 
