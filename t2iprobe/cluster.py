@@ -51,8 +51,10 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator["Crew"]:
     ray, ours = connect(cluster.address)
     try:
         yield Crew(ray, cluster, device)
-    except ConnectionError as error:  # Ray's client, when the other side is gone
-        raise UserError(
+    except Exception as error:
+        if not (isinstance(error, ConnectionError) or type(error).__module__.startswith("grpc")):
+            raise
+        raise UserError(  # what Ray's client raises when the other side is gone
             f"lost the Ray cluster at {cluster.address} ({_first_line(error)}): what came back is kept; "
             "the same command continues"
         ) from None
