@@ -128,7 +128,8 @@ def choose_attention(pipeline: Pipeline, backend: str) -> None:
 def compile_networks(pipeline: Pipeline) -> None:
     """Compile a pipeline's denoisers and its decoder, in place, at their first call."""
     for network in _compiled_networks(pipeline):
-        network.compile(options={"freezing": network.device.type == "cpu"})
+        # On a CPU weights are constants that the compiler may lay out for its kernels.
+        network.compile(options={"freezing": next(network.parameters()).device.type == "cpu"})
 
 
 def stop_compiling(pipeline: Pipeline, error: BaseException) -> None:

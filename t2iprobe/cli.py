@@ -434,8 +434,9 @@ def _progress_bar() -> Any:
 def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
     from t2iprobe.hypernymy.adaptive import describe_rule
     from t2iprobe.hypernymy.study import plan_study
+    from t2iprobe.machine import process_seconds
 
-    plan = plan_study(study, out)
+    plan = plan_study(study, out, process_seconds=process_seconds())
     seconds = plan["predicted_seconds"]
     cost = "none" if seconds is None else f"{duration(seconds)} ({plan['batch_size']} pictures at once)"
     lines = [

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 FIRST, MOST = 2, 64  # pictures of a batch: where the search begins and ends
-FASTER = 0.03  # by which share a doubled batch must beat the one before, or the search is over
+MOST_ON_CPU = 16  # beyond it a layer's pictures no longer fit the cache
+FASTER = 0.05  # by which share a doubled batch must beat the one before, or the search is over
 SHARE = 0.85  # of the free memory that a predicted batch may take: the prediction is a straight line
 
 
@@ -98,13 +99,15 @@ class BatchSizes:
     doubled batch is expected to fit and the last doubling made a picture cheaper. Safe to use from threads.
     """
 
-    def __init__(self, fixed: int | None = None, *, memory: Memory | None = None, lanes: int = 1) -> None:
-        """Begin with `fixed`, or search, where `lanes` batches are drawn at the same time."""
+    def __init__(
+        self, fixed: int | None = None, *, memory: Memory | None = None, lanes: int = 1, most: int = MOST
+    ) -> None:
+        """Begin with `fixed`, or search up to `most`, where `lanes` batches are drawn at the same time."""
         self.size = fixed or FIRST
         self.settled = fixed is not None
         self._memory = memory
         self._lanes = lanes
-        self._most = fixed or MOST
+        self._most = fixed or most
         self._seconds: dict[int, list[float]] = {}
         self._base: int | None = None
         self._lock = threading.Lock()

@@ -19,8 +19,12 @@ from t2iprobe.runs import Run
 FEW, MORE = 2, 4  # steps of the short batches; as many more tell what a step costs
 
 
-def predict(study: Study, manifest: Mapping[str, Any], missing: Sequence[int]) -> dict[str, Any]:
+def predict(
+    study: Study, manifest: Mapping[str, Any], missing: Sequence[int], before: float = 0.0
+) -> dict[str, Any]:
     """Predict the seconds that a run needs for the plan positions `missing`, and for its report.
+
+    `before` it came here it took so many seconds already, which the run will take, too.
 
     Batches of few steps are drawn, judged and stored as the run will do it, in a folder that is thrown away:
     first until their size is settled, then with FEW and with MORE steps. Returns {predicted_seconds,
@@ -32,7 +36,7 @@ def predict(study: Study, manifest: Mapping[str, Any], missing: Sequence[int]) -
     device = resolve_device(study.device)
     scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
     sampler = load_sampler(study, device, manifest["identity"]["dtype"])
-    start = time.perf_counter() - begin
+    start = before + time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(study, dict(manifest), missing, sampler, scorers, Path(folder))
         bench.settle()

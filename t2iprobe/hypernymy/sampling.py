@@ -15,7 +15,7 @@ from t2iprobe.acceleration import compile_networks, stop_compiling
 from t2iprobe.config import DEFAULT_BATCH
 from t2iprobe.devices import count_threads, inference_context, is_out_of_memory, release_memory
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy.batching import BatchSizes, find_memory
+from t2iprobe.hypernymy.batching import MOST, MOST_ON_CPU, BatchSizes, find_memory
 from t2iprobe.pictures import picture_files, read_picture
 from t2iprobe.pipelines import Pipeline, accepted_arguments, first_line, setting_arguments
 from t2iprobe.runs import PlanEntry, picture_seed
@@ -137,6 +137,7 @@ class DiffusersSampler:
             batch_size or (DEFAULT_BATCH if self._alone else None),
             memory=find_memory(str(self._device)),
             lanes=self.lanes,
+            most=MOST_ON_CPU if kind == "cpu" else MOST,
         )
 
     @property

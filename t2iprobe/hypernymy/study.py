@@ -1,6 +1,7 @@
 """The study: plan → sample → score → store → analyse → report. It can be killed and continued anywhere."""
 
 import datetime
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -308,11 +309,14 @@ def _list_folder(folder: Path, hierarchy: Hierarchy) -> dict[str, dict[str, str]
     return {name: {path: path for path in paths} for name, paths in list_pictures(folder, hierarchy).items()}
 
 
-def plan_study(study: Study, out: str | Path | None, *, measure: bool = True) -> dict[str, Any]:
+def plan_study(
+    study: Study, out: str | Path | None, *, measure: bool = True, process_seconds: float = 0.0
+) -> dict[str, Any]:
     """Describe what a run would do: pictures, synsets, settings, what is stored, seconds. Writes nothing.
 
-    The time is measured, see `prediction.predict`.
+    The time is measured, see `prediction.predict`; a command adds the `process_seconds` of its own start.
     """
+    begin = time.perf_counter() - process_seconds
     manifest = make_manifest(study, out)
     plan = Run(Path(out or "."), manifest).plan
     missing = list(range(len(plan)))
@@ -335,5 +339,5 @@ def plan_study(study: Study, out: str | Path | None, *, measure: bool = True) ->
     if measure and missing:
         from t2iprobe.hypernymy.prediction import predict
 
-        found |= predict(study, manifest, missing)
+        found |= predict(study, manifest, missing, time.perf_counter() - begin)
     return found
