@@ -91,3 +91,156 @@ def _run_sweep(study: Any, axes: dict[str, list[Any]], out: Path, extend: bool, 
     print_found(
         results, as_json, (out / "sweep.md").read_text(encoding="utf-8") + f"\nreport: {out / 'sweep.html'}"
     )
+
+
+@studies.command()
+def leaderboard(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run directories, or results.json files of runs.")
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file; .csv, .md and .json go beside it.")] = Path(
+        "leaderboard.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Rank many runs, with the uncertainty of ranks; what does not compare is marked."""
+    from t2iprobe.hypernymy.leaderboard import write_leaderboard, write_markdown
+
+    found = write_leaderboard(runs, out)
+    print_found(found, as_json, f"{write_markdown(found)}\nwrote {out}")
+
+
+@studies.command()
+def frequency(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")],
+    captions: Annotated[
+        list[Path],
+        typer.Argument(metavar="CAPTIONS…", help="txt, jsonl, json (COCO), csv, tsv, parquet; gz."),
+    ],
+    column: Annotated[
+        str | None, typer.Option(help="Of captions, in tables: caption or text by default.")
+    ] = None,
+    lemmas: Annotated[str, typer.Option(help="Of a synset: first, as published, or all.")] = "first",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file, .csv beside it; frequency.json in the run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether the model knows best what captions name most often. Files are counted once."""
+    from t2iprobe.hypernymy.frequency import write_frequency
+    from t2iprobe.pages import format_interval, format_score
+    from t2iprobe.progress import progress_bar
+    from t2iprobe.runs import Run
+
+    with progress_bar("files") as progress:
+        found = write_frequency(Run.open(run), captions, out, column=column, lemmas=lemmas, progress=progress)
+    lines = [f"{found['captions']} captions; {found['never_named']} synsets are named in none"]
+    for part, label in (("correlation", "all synsets"), ("single_word", "lemmas of one word")):
+        for metric, ranks in found[part].items():
+            lines.append(
+                f"{metric.upper()}, {label}: Spearman {format_score(ranks['spearman'], 3)} "
+                f"({format_interval(ranks['spearman_interval'], 3)}), N = {ranks['n']}"
+            )
+    print_found(found, as_json, "\n".join(lines))
+
+
+@studies.command()
+def human(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE…", help="CSV or TSV: task, worker, answer (a, b, none), swapped (0, 1)."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Analyse what people preferred of pairs: shares, and their agreement, with intervals."""
+    from t2iprobe.hypernymy.human import analyse_answers, write_lines
+
+    found = [analyse_answers(path) for path in files]
+    print_found(found, as_json, "\n".join(write_lines(found)))
+
+
+@studies.command("judge")
+def judge_command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run that kept pictures, or DIR/<synset>/* of any synsets."),
+    ],
+    judge: Annotated[
+        str, typer.Option(help="clip, clip:NAME:TAG, clip:NAME:FILE, or clip:FOLDER (transformers).")
+    ] = "clip",
+    text: Annotated[
+        str, typer.Option(help="What CLIP reads of a synset, with fields as in run.")
+    ] = "{lemma}",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file, .csv beside it; judges/ in the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run's pictures by CLIP: like the word, its kind, its siblings? No ImageNet classes needed."""
+    from t2iprobe.hypernymy.clip_judge import MEASURES, judge_pictures
+    from t2iprobe.pages import format_interval, format_score
+    from t2iprobe.progress import progress_bar
+
+    with progress_bar("synsets") as progress:
+        found = judge_pictures(source, judge, out, text=text, device=device, progress=progress)
+    lines = [f"{len(found['synsets'])} synsets by {found['judge']}"]
+    for measure in MEASURES:
+        mean = found["means"][measure]
+        lines.append(f"{measure:12} {format_score(mean['value'])}  ({format_interval(mean['interval'])})")
+    for row in found["agreement"]:
+        lines.append(
+            f"{row['measure']} and ISP by {row['classifier']}: Spearman {format_score(row['spearman'], 3)}"
+        )
+    print_found(found, as_json, "\n".join(lines))
+
+
+@studies.command()
+def coco(
+    captions: Annotated[
+        Path, typer.Argument(metavar="CAPTIONS", help="COCO's JSON, or txt, jsonl, csv, tsv, parquet.")
+    ],
+    config: Annotated[str | None, typer.Option(help="A preset or a YAML file, as in run.")] = None,
+    model: Annotated[str | None, typer.Option(help="As in run.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Captions, drawn with seed 0 from more.")] = 10_000,
+    column: Annotated[str | None, typer.Option(help="Of captions, in tables.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for FID.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a transformers CLIP, for CLIPScore.")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights, where there is no network.")
+    ] = None,
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder; the same command continues it.")] = Path("runs/coco"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw a picture of each caption and score them: FID against real pictures, CLIPScore."""
+    from t2iprobe.config import load_study, parse_settings
+    from t2iprobe.hypernymy.coco import choose_captions, plan_coco, run_coco
+    from t2iprobe.pages import format_interval, format_score
+    from t2iprobe.progress import progress_bar
+
+    study = load_study(config, ({"model": model} if model else {}) | parse_settings(settings or []))
+    chosen = choose_captions(captions, count, column)
+    if dry_run:
+        plan = plan_coco(study, chosen, out)
+        cost = "unknown" if plan["predicted_seconds"] is None else duration(plan["predicted_seconds"])
+        text = f"{plan['pictures']} pictures, {plan['stored']} of them stored\ntime left here: {cost}"
+        print_found(plan, as_json, text)
+        return
+    try:
+        with progress_bar("pictures") as progress:
+            found = run_coco(study, chosen, out, real=real, clip=clip, inception=inception, progress=progress)
+    except KeyboardInterrupt:
+        print(f"t2iprobe: stopped; what is drawn is in {out}: the same command continues", file=sys.stderr)
+        sys.exit(130)
+    lines = [f"{found['pictures']} pictures in {out / 'pictures'}"]
+    if fid := found.get("fid"):
+        lines.append(f"FID        {fid['value']:.2f}  ({fid['drawn']} drawn, {fid['real']} real)")
+    if score := found.get("clip_score"):
+        lines.append(f"CLIPScore  {format_score(score['value'])}  ({format_interval(score['interval'])})")
+    print_found(found, as_json, "\n".join(lines))

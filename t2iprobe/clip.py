@@ -12,7 +12,7 @@ from t2iprobe.devices import inference_context, resolve_device
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.storage import hash_files
 
-__all__ = ["FORMS", "ClipFeatures", "clip_hash", "load_clip", "normalise"]
+__all__ = ["FORMS", "ClipFeatures", "clip_hash", "load_clip", "normalise", "pooled"]
 
 #: The published metric's network (arXiv 2302.04841).
 CLIP_NAME, CLIP_WEIGHTS = "ViT-B-32", "openai"
@@ -158,14 +158,15 @@ def _load_folder(folder: Path, device: str, dtype: str) -> ClipFeatures:
         from PIL import Image
 
         inputs = processor(images=[Image.fromarray(one) for one in pictures], return_tensors="pt").to(device)
-        return _pooled(network.get_image_features(**inputs))
+        return pooled(network.get_image_features(**inputs))
 
     def encode_texts(texts: Sequence[str]) -> Any:
         inputs = processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(device)
-        return _pooled(network.get_text_features(**inputs))
+        return pooled(network.get_text_features(**inputs))
 
     return ClipFeatures(f"CLIP {folder.name}", encode_pictures, encode_texts, device, dtype)
 
 
-def _pooled(output: Any) -> Any:
+def pooled(output: Any) -> Any:
+    """Return the vectors in what a transformers CLIP's get_image_features or get_text_features returns."""
     return getattr(output, "pooler_output", output)  # transformers 5 returns a record, 4 returned the tensor

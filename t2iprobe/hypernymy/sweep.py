@@ -10,6 +10,7 @@ of seeds changes the noise.
 import hashlib
 import itertools
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from typing import Any
 from t2iprobe.config import SWEPT, Study, dump_study, make_study
 from t2iprobe.devices import resolve_device
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy.drawing import score_pictures
 from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.hypernymy.scoring import Scorer
 from t2iprobe.hypernymy.study import (
@@ -52,6 +52,8 @@ def list_cells(study: Study, axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
 
     Raises UserError for a value that a study cannot have.
     """
+    if study.until is not None:
+        raise UserError("cells of a sweep hold as many pictures each: leave until out")
     given = dump_study(study)
     if "template" in axes:
         given |= {"common_seeds": True, "mean_conditioning": False}
@@ -174,7 +176,7 @@ def plan_sweep(
 ) -> dict[str, Any]:
     """Describe what a sweep would do: its cells, what of them is stored, and the seconds. Writes nothing.
 
-    The time is measured by one batch at the fewest and one at the most steps of each kind of cell (scheduler,
+    The time is measured by a few batches at the fewest and at the most steps of each kind of cell (scheduler,
     size, with or without guidance), which are thrown away; between them a step costs the same.
     """
     cells = list_cells(study, axes)
@@ -205,13 +207,16 @@ def plan_sweep(
 def _measure_cells(study: Study, cells: Sequence[Cell], manifest: Mapping[str, Any]) -> list[float]:
     """Seconds a picture of each cell."""
     bench = _Bench(study, manifest["identity"]["dtype"])
-    batch = build_plan(manifest["plan"], study.seed)[: study.pictures_at_once]
+    pictures = len(build_plan(manifest["plan"], study.seed))
+    count = min(pictures, 2 * bench.sampler.lanes * study.pictures_at_once)
 
     def measure(cell: Cell) -> float:
         bench.turn_to(cell.study)
-        begin = time.perf_counter()
-        score_pictures(bench.sampler.sample(batch), bench.scorers)
-        return (time.perf_counter() - begin) / len(batch)
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run.create(folder, dict(manifest))
+            begin = time.perf_counter()
+            draw(run, range(count), bench.sampler, bench.scorers, cell.study)
+            return (time.perf_counter() - begin) / count
 
     measure(cells[0])  # the first call of a network sets it up, and encodes the prompts
     kinds: dict[tuple[Any, ...], list[Cell]] = {}

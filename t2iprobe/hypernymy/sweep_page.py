@@ -38,10 +38,9 @@ def render(results: Results) -> str:
     cells = results["cells"]
     samples = {cell["coverage"]["samples_min"] for cell in cells}
     synsets = cells[0]["coverage"]["synsets"]
-    axes = {axis: [write_value(value) for value in values] for axis, values in results["axes"].items()}
     return render_sections(
         kicker="Hypernymy probe · sweep",
-        title=f"{cells[0]['model']} over {' × '.join(axes)}",
+        title=f"{cells[0]['model']} over {' × '.join(results['axes'])}",
         standfirst=f"{len(cells)} cells of {synsets} synsets with "
         f"{' or '.join(map(str, sorted(samples)))} pictures each, judged by "
         f"{name_classifier(results['classifier'])}.",
@@ -99,7 +98,11 @@ def _write_findings(results: Results) -> list[str]:
 
 
 def _write_place(place: Mapping[str, Any]) -> str:
-    return ", ".join(f"{axis} {write_value(value)}" for axis, value in place.items())
+    return ", ".join(f"{axis} {_write(value)}" for axis, value in place.items())
+
+
+def _write(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else write_value(value)
 
 
 def _group(results: Results, axis: str) -> dict[str, list[Any]]:
@@ -158,7 +161,7 @@ def _show_trade(results: Results) -> Section:
                     cell["isp"]["value"],
                     cell["scs"]["value"],
                     cell["scs"]["interval"],
-                    write_value(cell["place"][axis]),
+                    _write(cell["place"][axis]),
                     f"{_write_place(cell['place'])}: ISP {format_score(cell['isp']['value'])}, "
                     f"SCS {format_score(cell['scs']['value'])}",
                 )
@@ -198,7 +201,7 @@ def _list_cells(results: Results) -> Table:
 
 
 def _cell(value: Any) -> Cell:
-    return Cell(write_value(value), value if isinstance(value, int | float) else write_value(value))
+    return Cell(_write(value), value if isinstance(value, int | float) else write_value(value))
 
 
 def _show_neighbours(results: Results) -> Section:

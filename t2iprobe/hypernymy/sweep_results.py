@@ -17,7 +17,14 @@ from t2iprobe.hypernymy.samples import Sample, reduce_logits
 from t2iprobe.hypernymy.statistics import summarise_difference
 from t2iprobe.hypernymy.sweep import Cell
 from t2iprobe.intervals import holm
-from t2iprobe.pages import format_interval, format_p, format_score, format_signed, write_value
+from t2iprobe.pages import (
+    format_interval,
+    format_p,
+    format_score,
+    format_signed,
+    format_signed_interval,
+    write_value,
+)
 from t2iprobe.runs import Run
 from t2iprobe.storage import write_output
 
@@ -186,7 +193,7 @@ def write_markdown(results: Mapping[str, Any]) -> str:
     axes = list(results["axes"])
     cells = [
         [
-            *(write_value(cell["place"][axis]) for axis in axes),
+            *(_write_place(cell["place"][axis]) for axis in axes),
             *(
                 text
                 for metric in PAIRED
@@ -208,7 +215,7 @@ def write_markdown(results: Mapping[str, Any]) -> str:
                 for metric in PAIRED
                 for text in (
                     f"{format_signed(row[metric]['difference'])} "
-                    f"({format_interval(row[metric]['interval'])})",
+                    f"({format_signed_interval(row[metric]['interval'])})",
                     format_p(row[metric]["p_holm"]),
                 )
             ),
@@ -217,6 +224,10 @@ def write_markdown(results: Mapping[str, Any]) -> str:
     ]
     titles = ["From", "To", "ISP (95 %)", "p", "SCS (95 %)", "p"]
     return _table(head, cells) + ("\n" + _table(titles, differences) if differences else "")
+
+
+def _write_place(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else write_value(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

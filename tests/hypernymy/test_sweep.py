@@ -88,6 +88,8 @@ def test_cells_are_the_product_in_order():
     ):
         with pytest.raises(UserError, match=message):
             list_cells(study, axes)
+    with pytest.raises(UserError, match="leave until out"):
+        list_cells(load_study("tiny", {"until": "isp ± 0.1"}), {"steps": [1]})
     templates = list_cells(study, {"template": ["a {lemma}, big", "a {lemma}; big"]})
     assert len({cell.name for cell in templates}) == 2
     assert all(cell.study.common_seeds for cell in templates)
@@ -242,20 +244,22 @@ def test_time_is_interpolated_between_steps(monkeypatch, tiny_model):
     cells = list_cells(study, {"guidance": [1.0, 3.0, 5.0], "steps": [10, 2, 6]})
 
     class Bench:
+        lanes = 2
+
         def __init__(self, *_):
             self.sampler, self.scorers = self, {}
 
         def turn_to(self, one):
             self.cost = one.steps * (2 if one.guidance > 1 else 1) + 3
 
-        def sample(self, batch):
-            clock[0] += self.cost * len(batch)
-            return []
-
     clock = [0.0]
+
+    def pass_time(run, positions, sampler, *_):
+        clock[0] += sampler.cost * len(positions)
+
     monkeypatch.setattr(module, "_Bench", Bench)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(module, "score_pictures", lambda *_: None)
+    monkeypatch.setattr(module, "draw", pass_time)
     found = module._measure_cells(study, cells, module.make_manifest(study))
     for cell, seconds in zip(cells, found, strict=True):
         assert seconds == pytest.approx(cell.study.steps * (2 if cell.study.guidance > 1 else 1) + 3)
