@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -287,10 +287,10 @@ def count_work(bench: Bench, entry: Any) -> dict[str, float]:
     for hook in hooks:
         hook.remove()
     with inference_context(bench.device, bench.dtype):
-        found = {
-            name: count(lambda network=network, name=name: network(*seen[name][0], **seen[name][1])) / 1e9
-            for name, network in networks.items()
-        }
+        found = {}
+        for name, network in networks.items():
+            inputs, named = seen[name]
+            found[name] = count(partial(network, *inputs, **named)) / 1e9
     found["denoiser"] *= bench.steps
     found["judge"] = count(lambda: bench.scorers["embedded"].score([picture])) / 1e9
     return found
@@ -404,7 +404,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             draw_ours(bench, make_manifest(bench.of(options.samples[0])), options.samples[0])
         kept.put("parts", measure_parts(bench, 3))
     if "metrics" in wanted and "metrics" not in kept:
-        kept.put("metrics", measure_metrics(*options.metrics, turns=5))
+        synsets, samples = options.metrics
+        kept.put("metrics", measure_metrics(synsets, samples, turns=5))
     if "prediction" in wanted:
         measure_prediction(bench, kept, options.pairs)
     found = compare(kept)

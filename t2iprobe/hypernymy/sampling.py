@@ -314,8 +314,9 @@ def _copy_for_a_batch(pipeline: Pipeline) -> Pipeline:
     for name in ("scheduler", "prior_scheduler", "decoder_scheduler"):
         if getattr(own, name, None) is not None:
             setattr(own, name, copy.deepcopy(getattr(own, name)))
-    if (name := _name_autoencoder(own)) is not None:
-        setattr(own, name, copy.copy(getattr(own, name)))
+    autoencoder = _name_autoencoder(own)
+    if autoencoder is not None:
+        setattr(own, autoencoder, copy.copy(getattr(own, autoencoder)))
     return own
 
 
