@@ -77,12 +77,18 @@ def connect(address: str) -> tuple[Any, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the client's: what it says is in the error
-            ray.init(
-                address=address,
-                include_dashboard=False if address == LOCAL else None,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            settings = {
+                "address": address,
+                "include_dashboard": False if address == LOCAL else None,
+                "log_to_driver": False,
+                "logging_level": "error",
+            }
+            try:
+                ray.init(**settings)
+            except (
+                ConnectionAbortedError
+            ):  # a busy head takes longer than Ray waits to start our server there
+                ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise UserError(
             f"no Ray cluster at {address}: {_first_line(error)} (does it run the same versions of Ray and "
@@ -125,7 +131,7 @@ def _knock(address: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 @dataclass
