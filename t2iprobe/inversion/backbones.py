@@ -37,6 +37,8 @@ class Backbone:
         self.scale = configuration.scaling_factor
         self.shift = getattr(configuration, "shift_factor", None) or 0.0
         self.noise = self._make_noise()
+        self._captions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._added: dict[str, int] = {}  # tokens that the captions were read with
         self._choose_attention()
 
     def _find_encoders(self) -> dict[str, tuple[Any, Any]]:
@@ -78,9 +80,30 @@ class Backbone:
         return (mean - self.shift) * self.scale, std * self.scale
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of `prompts`, with gradients to the encoders' rows."""
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, False)
-        return {"encoder_hidden_states": embeds}
+        """Return the conditioning of `prompts`, with gradients to the encoders' rows.
+
+        What the pipeline's `encode_prompt` gives, but each caption is cut into tokens once.
+        """
+        if (added := self.pipeline.tokenizer.get_added_vocab()) != self._added:
+            self._captions, self._added = {}, added
+        encoder = self.pipeline.text_encoder
+        ids, mask = (
+            torch.stack(part).to(self.device)
+            for part in zip(*[self._read_caption(prompt) for prompt in prompts], strict=True)
+        )
+        attended = mask if getattr(encoder.config, "use_attention_mask", False) else None
+        return {"encoder_hidden_states": encoder(ids, attention_mask=attended)[0]}
+
+    def _read_caption(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a caption's token ids and mask [length], padded and truncated as `encode_prompt` does it."""
+        if prompt not in self._captions:
+            tokenizer = self.pipeline.tokenizer
+            found = tokenizer(
+                [self.pipeline.maybe_convert_prompt(prompt, tokenizer)], padding="max_length",
+                max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt",
+            )  # fmt: skip
+            self._captions[prompt] = found.input_ids[0], found.attention_mask[0]
+        return self._captions[prompt]
 
     def predict(self, noisy: torch.Tensor, times: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Return the denoiser's output float32 [b, c, h, w] for `noisy` [b, c, h, w] at `times` [b]."""

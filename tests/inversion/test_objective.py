@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Flow, make_backbone
 from t2iprobe.inversion.concepts import Concept, encode_moments, load_concept
+from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.objective import PARTS, FixedInputs, denoising_losses, draw_inputs
 from t2iprobe.testing import tiny_pipeline
 
@@ -115,6 +116,27 @@ def test_every_family_has_a_loss_with_a_gradient_for_its_rows(family: str, conce
     for parameter in rows.parameters("<cat>").values():
         assert (parameter.grad.abs().sum(1) > 0).all()
     assert all(p.grad is None for p in backbone.denoiser.parameters())
+
+
+def test_captions_that_were_read_before_are_those_of_the_pipeline() -> None:
+    """Read once, until the tokenizer has other tokens: then the same caption is another one."""
+    backbone = make_backbone(tiny_pipeline("sd"))
+    prompts = ["a photo of a <cat>", "a <dog>", "a photo of a <cat>", "words " * 90]
+
+    def check() -> torch.Tensor:
+        expected, _ = backbone.pipeline.encode_prompt(prompts, backbone.device, 1, False)
+        found = [backbone.encode(prompts)["encoder_hidden_states"] for _ in range(2)]
+        assert all(torch.equal(each, expected) for each in found)
+        return expected
+
+    before = check()
+    for order in (["<cat>", "<dog>"], ["<dog>", "<cat>"]):
+        rows = Rows(backbone.encoders, dict.fromkeys(order, 1))
+        for number, token in enumerate(order):
+            rows.set(token, {"clip_l": torch.full_like(rows.vectors(token)["clip_l"], 1.0 + number)})
+        assert not torch.allclose(check(), before)
+        rows.remove()
+        assert torch.equal(check(), before)
 
 
 def test_a_family_that_cannot_be_trained_is_told() -> None:
