@@ -73,9 +73,9 @@ def reconcile(stored: Manifest, wanted: Manifest, where: Path, *, extend: bool) 
             f"{where} holds a run with another configuration: {'; '.join(differences)}. "
             "Give another --out, or the settings of that run"
         )
-    rules = [{"until": manifest["identity"].get("until")} for manifest in (stored, wanted)]
-    if rules[0] != rules[1] and not extend:
-        change = "; ".join(_differences(*rules, skipped=()))
+    rule, other = ({"until": manifest["identity"].get("until")} for manifest in (stored, wanted))
+    if rule != other and not extend:
+        change = "; ".join(_differences(rule, other, skipped=()))
         raise UserError(f"{where} holds a run with another end: {change}. Add --extend to go on to it")
     old, new = (
         {
@@ -86,7 +86,7 @@ def reconcile(stored: Manifest, wanted: Manifest, where: Path, *, extend: bool) 
     )
     if old == new:
         kept = {"plan": stored["plan"], "created": stored["created"]}
-        return stored if rules[0] == rules[1] else {**wanted, **kept}
+        return stored if rule == other else {**wanted, **kept}
     grown = old.items() <= new.items()
     if grown and extend:
         return {**wanted, "plan": [*stored["plan"], *wanted["plan"]], "created": stored["created"]}
