@@ -513,7 +513,7 @@ _FILE_BYTES = 64 << 20
 _PIECE = 4 << 20
 _CONTEXT = 384
 _BESIDE_SECONDS = 0.3
-# Texts of a chunk; chunks that are brought and put back in turn, so that none waits in a CPU's own cache; turns.
+# Texts of a chunk; chunks that are brought and put back in turn, more than a CPU's own cache holds; turns.
 _BATCH, _CHUNKS, _TURNS = 16, 12, 3
 
 
