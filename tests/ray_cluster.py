@@ -59,10 +59,10 @@ class RayCluster:
             str(ray), "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *words
         ]  # fmt: skip
         log = open(Path(self._folder, f"node{len(self._nodes)}.log"), "wb")  # noqa: SIM115
+        # A machine that joins shows the token only if it is told to.
+        environment = os.environ | self.environment | {"RAY_AUTH_MODE": "token"}
         self._nodes.append(
-            subprocess.Popen(
-                command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True
-            )
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         )
 
     def stop(self) -> None:

@@ -30,7 +30,7 @@ WORDS = ("dog.n.01", "bird.n.01", "domestic_cat.n.01")
 SETTINGS: dict[str, Any] = {
     "synsets": ",".join(WORDS),
     "samples": 30,
-    "steps": 40,  # so that a shard takes seconds, and can be killed in the middle
+    "steps": 60,  # a shard takes seconds: it can be killed in the middle, and machines have time to join
     "guidance": 3.0,
     "keep": "all",
     "batch_size": BATCH,
