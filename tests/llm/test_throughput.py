@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from language_toys import make_toy, save_toy
+from throughput_runs import HALF, NEW, PLACEMENT, run, write_slowly
 from typer.testing import CliRunner
 
 from t2iprobe.cli import app
@@ -21,12 +22,9 @@ from t2iprobe.llm.commands import load_engine, write_texts
 from t2iprobe.llm.engine.generation import Trees
 from t2iprobe.llm.engine.processing import Sampling
 from t2iprobe.llm.memory.placement import Placement, Shares
-from t2iprobe.llm.throughput import Block, write_file
+from t2iprobe.llm.throughput import Block
 
 WORDS = ("a heron", "tea", "the old lighthouse", "b", "seven cups", "a dog in the rain", "zebra", "ink")
-NEW = 9
-HALF = Shares(0.5, 0, 0.5)
-PLACEMENT = Placement(2, 2, HALF, HALF, HALF)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,11 +46,6 @@ def prompts(tmp_path: Path) -> Path:
     rows[3] = {"messages": [{"role": "user", "content": "hi"}]}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-def run(prompts: Path, out: Path, target: Path, **more: Any) -> dict[str, Any]:
-    options = {"block": PLACEMENT, "dtype": "float64", "max_new_tokens": NEW} | more
-    return write_file(prompts, out, model=str(target), **options)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -233,11 +226,6 @@ def test_one_process_writes_a_file(target: Path, prompts: Path, tmp_path: Path) 
             run(prompts, out, target)
 
 
-def _write_slowly(prompts: Path, out: Path, target: Path) -> None:
-    # Slow enough to be killed between any two blocks.
-    run(prompts, out, target, block=Placement(4, 2, HALF, HALF, HALF), show=lambda *_: time.sleep(0.05))
-
-
 def test_killed_and_continued_nothing_is_lost_or_doubled(target: Path, prompts: Path, tmp_path: Path) -> None:
     rows = prompts.read_text() * 4
     prompts.write_text(rows)
@@ -246,7 +234,7 @@ def test_killed_and_continued_nothing_is_lost_or_doubled(target: Path, prompts: 
     context = multiprocessing.get_context("spawn")
     kept = -1
     for _ in range(2):
-        process = context.Process(target=_write_slowly, args=(prompts, out, target))
+        process = context.Process(target=write_slowly, args=(prompts, out, target))
         process.start()
         deadline = time.monotonic() + 120
         size = out.stat().st_size if out.exists() else 0
