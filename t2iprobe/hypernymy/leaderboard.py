@@ -5,8 +5,6 @@ have as many pictures a synset, too. What most runs have in common is the standa
 shown with the difference, and has no rank.
 """
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import facts
 from t2iprobe.hypernymy.agreement import agree_on_runs, rank_runs
 from t2iprobe.hypernymy.hierarchy import Hierarchy
-from t2iprobe.hypernymy.report import escape_cell
+from t2iprobe.hypernymy.report import escape_cell, write_rows, write_table
 from t2iprobe.hypernymy.results import read_results
 from t2iprobe.pages import format_interval, format_score, name_classifier, write_value
 from t2iprobe.runs import Run
@@ -257,12 +255,7 @@ def _flat(value: Any) -> Any:
 
 def write_csv(results: Mapping[str, Any]) -> str:
     """Return one row for each run and classifier, empty where there is no value."""
-    target = io.StringIO()
-    rows = list_columns(results)
-    writer = csv.DictWriter(target, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
+    return write_rows(list_columns(results))
 
 
 def write_markdown(results: Mapping[str, Any]) -> str:
@@ -270,7 +263,7 @@ def write_markdown(results: Mapping[str, Any]) -> str:
     parts = []
     for judge, table in results["classifiers"].items():
         head = ["Rank", "Run", "ISP", "95 %", "SCS", "95 %", "SCS rank", "N", "Synsets", *SETTINGS, "Differs"]
-        lines = [head, ["---"] * len(head)]
+        rows = []
         for row in table:
             settings = results["settings"][row["run"]]
             cells = [
@@ -286,9 +279,8 @@ def write_markdown(results: Mapping[str, Any]) -> str:
                 *(write_value(settings[key]) for key in SETTINGS),
                 "; ".join(row["scs_differs"]),
             ]
-            lines.append([escape_cell(cell) for cell in cells])
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        parts.append(f"{escape_cell(judge)}\n\n{text}")
+            rows.append(cells)
+        parts.append(f"{escape_cell(judge)}\n\n{write_table(head, rows)}")
     return "\n".join(parts)
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,22 @@ def write_leaderboard(results: Mapping[str, Any]) -> str:
         "Scheduler": facts.name_scheduler(identity.get("scheduler")),
         **{key.capitalize(): facts.write_value(identity.get(key)) for key in SETTING_COLUMNS},
     }
-    rows = [list(cells), ["---"] * len(cells), [escape_cell(value) for value in cells.values()]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return write_table(list(cells), [list(cells.values())])
+
+
+def write_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; each row has a cell for each word of the head."""
+    lines = [list(head), ["---"] * len(head), *([escape_cell(cell) for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same columns as CSV, empty where there is no value."""
+    target = io.StringIO()
+    writer = csv.DictWriter(target, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue()
 
 
 def escape_cell(text: str) -> str:

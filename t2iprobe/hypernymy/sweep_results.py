@@ -1,7 +1,5 @@
 """What a sweep says: every cell with its intervals, and the paired differences of neighbouring cells."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 from t2iprobe import __version__
 from t2iprobe.hypernymy import facts
-from t2iprobe.hypernymy.report import escape_cell, find_hierarchy, group_entries
+from t2iprobe.hypernymy.report import find_hierarchy, group_entries, write_rows, write_table
 from t2iprobe.hypernymy.results import read_results
 from t2iprobe.hypernymy.samples import Sample, reduce_logits
 from t2iprobe.hypernymy.statistics import summarise_difference
@@ -180,12 +178,7 @@ def list_columns(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write_csv(results: Mapping[str, Any]) -> str:
     """Return one row a cell, empty where there is no value."""
-    target = io.StringIO()
-    rows = list_columns(results)
-    writer = csv.DictWriter(target, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
+    return write_rows(list_columns(results))
 
 
 def write_markdown(results: Mapping[str, Any]) -> str:
@@ -223,16 +216,11 @@ def write_markdown(results: Mapping[str, Any]) -> str:
         for row in results["neighbours"]
     ]
     titles = ["From", "To", "ISP (95 %)", "p", "SCS (95 %)", "p"]
-    return _table(head, cells) + ("\n" + _table(titles, differences) if differences else "")
+    return write_table(head, cells) + ("\n" + write_table(titles, differences) if differences else "")
 
 
 def _write_place(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else write_value(value)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(head), ["---"] * len(head), *([escape_cell(cell) for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def best_cell(results: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
