@@ -41,16 +41,11 @@ def block_throughputs(servers: Sequence[Placed], blocks: int) -> np.ndarray:
 
 def choose_first(throughputs: np.ndarray, length: int) -> int:
     """Return where `length` blocks are the weakest: the least window, sorted, in lexical order (Petals)."""
-    windows = np.lib.stride_tricks.sliding_window_view(throughputs, min(length, len(throughputs)))
     # Other servers' sums leave rounding behind, which must decide nothing.
-    ordered = np.sort(np.round(windows, 9), axis=1)
-    least = np.arange(len(ordered))
-    for place in range(ordered.shape[1]):
-        column = ordered[least, place]
-        least = least[column == column.min()]
-        if len(least) == 1:
-            break
-    return int(least[0])
+    rounded, length = np.round(throughputs, 9), min(length, len(throughputs))
+    starts = np.arange(len(rounded) - length + 1)
+    ordered = np.sort(rounded[starts[:, None] + np.arange(length)], axis=1).tolist()
+    return ordered.index(min(ordered))
 
 
 def decide_move(
