@@ -81,27 +81,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def tabulate(found: dict[str, Any]) -> list[str]:
     """Return the table as lines of Markdown."""
     lines = [
-        "| task | class | metric | documents | model | random weights | guessing |",
-        "|---|---|---|---|---|---|---|",
+        "| task | class | metric | documents | model | random weights | guessing | speed | tokens a pass |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for own, other in zip(found["model"]["t2iprobe"], found["random weights"]["t2iprobe"], strict=True):
         chance = CHANCE.get(own["name"])
         cells = (
             *(own[key] for key in ("name", "kind", "metric", "documents")),
             *(show(own), show(other), "–" if chance is None else chance),
+            *show_cost(own["cost"]),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for kind in ("factuality", "faithfulness"):
         own, other = (found[name][kind] for name in ("model", "random weights"))
         if own and other:
-            lines.append(f"| **{kind}** | | mean of {own['tasks']} | | {show(own)} | {show(other)} | |")
+            lines.append(f"| **{kind}** | | mean of {own['tasks']} | | {show(own)} | {show(other)} | | | |")
     return lines
 
 
 def show(line: dict[str, Any]) -> str:
     """Return a score with its interval."""
-    error = line["stderr"]
-    return f"{line['value']:.3f}" + ("" if error is None else f" ± {1.96 * error:.3f}")
+    within = "" if line["interval"] is None else " [{:.3f}, {:.3f}]".format(*line["interval"])
+    return f"{line['value']:.3f}{within}"
+
+
+def show_cost(cost: dict[str, Any]) -> tuple[str, str]:
+    """Return tokens a second, scored or written, and for what was written tokens a pass of the model."""
+    if cost["written_tokens"]:
+        return f"{cost['written_tokens_per_second']:.1f} written", f"{cost['tokens_per_pass']:.2f}"
+    return f"{cost['scored_tokens_per_second']:.0f} scored", "–"
 
 
 def main(words: list[str] | None = None) -> int:

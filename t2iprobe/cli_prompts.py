@@ -236,15 +236,33 @@ def evaluate(
 def _describe_scores(results: dict[str, Any], out: Path) -> str:
     lines = []
     for line in results["t2iprobe"]:
+        cost = _describe_cost(line["cost"])
         if "kind" in line:
-            error = "" if line["stderr"] is None else f" ± {1.96 * line['stderr']:.3f}"
-            lines.append(f"{line['name']:24}{line['kind']:14}{line['metric']:18}{line['value']:.3f}{error}")
+            score = _describe_score(line)
+            lines.append(f"{line['name']:24}{line['kind']:14}{line['metric']:18}{score:24}{cost}")
         else:
             found = {k: v for k, v in line["metrics"].items() if "," in k and isinstance(v, float)}
-            lines += [f"{line['name']:24}{key:32}{value:.4f}" for key, value in found.items()]
+            lines += [f"{line['name']:24}{key:32}{value:<24.4f}{cost}" for key, value in found.items()]
     for kind in ("factuality", "faithfulness"):
         if found := results[kind]:
-            lines.append(f"{kind:24}{found['tasks']} tasks: {found['value']:.3f}")
+            lines.append(f"{kind:24}mean of {found['tasks']} tasks: {_describe_score(found)}")
     if results["left_out"]:
         lines.append(f"left out: {', '.join(results['left_out'])}")
     return "\n".join([*lines, f"report: {out / 'report.html'}"])
+
+
+def _describe_score(found: dict[str, Any]) -> str:
+    within = "" if found["interval"] is None else " [{:.3f}, {:.3f}]".format(*found["interval"])
+    return f"{found['value']:.3f}{within}"
+
+
+def _describe_cost(cost: dict[str, Any]) -> str:
+    """Return tokens a second, and for answers that were written tokens a pass, which the draft saves."""
+    told = []
+    if cost["scored_tokens"]:
+        told.append(f"{cost['scored_tokens_per_second']:.0f} tokens/s scored")
+    if cost["written_tokens"]:
+        told.append(
+            f"{cost['written_tokens_per_second']:.1f} tokens/s written, {cost['tokens_per_pass']:.2f} a pass"
+        )
+    return "; ".join(told)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2iprobe.errors import UserError
+from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.labelled_data import Labelled, Pair
 from t2iprobe.llm.scoring import Request
 from t2iprobe.llm.templates import Template
@@ -26,9 +26,11 @@ __all__ = [
     "Method",
     "average_probabilities",
     "calibrate",
+    "check_labels",
     "choose_demonstrations",
     "find_method",
     "losses_to_probabilities",
+    "make_encoder",
     "write_requests",
 ]
 
@@ -68,7 +70,7 @@ METHODS = {
 def find_method(name: str) -> Method:
     """Return a method by name. Raises UserError for another."""
     if name not in METHODS:
-        raise UserError(f"there is no method {name!r}: choose {', '.join(METHODS)}")
+        raise UserError(f"there is no method {name!r}{suggest(name, METHODS)}: choose {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -88,8 +90,8 @@ def write_requests(
     The parts of a template are tokenised apart, as published, with the model's first and last token (where
     its tokenizer has them) around the whole. Raises UserError where two labels become the same tokens.
     """
-    encode = _make_encoder(tokenizer)
-    _check_labels(encode, template, labels)
+    encode = make_encoder(tokenizer)
+    check_labels(encode, template, labels)
     first, last = _ends(tokenizer)
     separator = encode(template.separator)
     requests: list[Request] = []
@@ -107,7 +109,8 @@ def write_requests(
     return requests
 
 
-def _make_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+def make_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return a function from a text to its tokens, without first and last ones, which remembers them."""
     known: dict[str, list[int]] = {}
 
     def encode(text: str) -> list[int]:
@@ -125,7 +128,8 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     return first, last
 
 
-def _check_labels(encode: Callable[[str], list[int]], template: Template, labels: Sequence[str]) -> None:
+def check_labels(encode: Callable[[str], list[int]], template: Template, labels: Sequence[str]) -> None:
+    """Raise UserError where two labels become the same tokens under a template, or one becomes none."""
     seen: dict[tuple[int, ...], str] = {}
     for label in labels:
         tokens = tuple(encode(template.parts("", label)[1]))
@@ -185,7 +189,8 @@ def choose_demonstrations(
     """
     if selection not in SELECTIONS:
         raise UserError(
-            f"there is no selection of demonstrations {selection!r}: choose {', '.join(SELECTIONS)}"
+            f"there is no selection of demonstrations {selection!r}{suggest(selection, SELECTIONS)}: "
+            f"choose {', '.join(SELECTIONS)}"
         )
     if count > len(data.train):
         raise UserError(f"{data.name} has {len(data.train)} texts to demonstrate with, fewer than {count}")

@@ -11,7 +11,7 @@ from unittest import mock
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.commands import Engine
 from t2iprobe.llm.engine.generation import Trees
-from t2iprobe.llm.suites import SUITES, SuiteTask, aggregate, read_metric
+from t2iprobe.llm.suites import SUITES, SuiteTask, aggregate, read_metric, score_interval
 from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically
 
 __all__ = ["TASKS", "Planned", "be_quiet", "evaluate", "plan_suite", "plan_tasks"]
@@ -161,9 +161,9 @@ def _merge(parts: Sequence[dict[str, Any]], planned: Sequence[Planned]) -> dict[
         merged[key] = {name: value for part in parts for name, value in part.get(key, {}).items()}
     lines = []
     for part, task in zip(parts, planned, strict=True):
-        line: dict[str, Any] = {"name": task.name, "task": task.task, "cost": part["cost"]}
         own = task.task if task.task in part["results"] else next(iter(part["results"]))
-        metrics = part["results"][own]
+        metrics, documents = part["results"][own], part["n-samples"].get(own, {}).get("effective")
+        line: dict[str, Any] = {"name": task.name, "task": task.task, "cost": part["cost"]}
         if task.line is not None:
             value, error = read_metric(metrics, task.line.metric, task.line.scale)
             line |= {
@@ -171,10 +171,11 @@ def _merge(parts: Sequence[dict[str, Any]], planned: Sequence[Planned]) -> dict[
                 "metric": task.line.metric,
                 "value": value,
                 "stderr": error,
+                "interval": score_interval(value, error, documents),
                 "note": task.line.note,
             }
         line["shots"] = part["n-shot"].get(own)
-        line["documents"] = part["n-samples"].get(own, {}).get("effective")
+        line["documents"] = documents
         line["metrics"] = metrics
         lines.append(line)
     if any(task.line is not None for task in planned):

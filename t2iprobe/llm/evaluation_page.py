@@ -16,7 +16,7 @@ def render(results: Results) -> str:
     content = []
     if scored:
         figures = [_figure(kind, results[kind]) for kind in ("factuality", "faithfulness") if results[kind]]
-        dots = [(line["name"], line["value"], 0.0, _interval(line)) for line in scored]
+        dots = [(line["name"], line["value"], 0.0, line["interval"]) for line in scored]
         chart = draw_dots(
             "scores", "Score of each task", "With 95 % intervals over documents.", "score", dots
         )
@@ -42,13 +42,6 @@ def _figure(kind: str, found: Mapping[str, Any]) -> Figure:
     return Figure(kind.capitalize(), f"{found['value']:.3f}", within, f"The mean of {found['tasks']} tasks.")
 
 
-def _interval(line: Mapping[str, Any]) -> list[float] | None:
-    if line["stderr"] is None:
-        return None
-    low, high = (line["value"] + sign * 1.96 * line["stderr"] for sign in (-1, 1))
-    return [max(0.0, low), min(1.0, high)]
-
-
 def _list_tasks(lines: Any) -> Table:
     rows = []
     for line in lines:
@@ -59,7 +52,7 @@ def _list_tasks(lines: Any) -> Table:
                 Cell(line.get("kind", "–")),
                 Cell(line["task"] + (f" ({line['note']})" if line.get("note") else ""), line["task"]),
                 Cell(line.get("metric", "–")),
-                number(line["value"], 3, _interval(line)) if scored else Cell("–"),
+                number(line["value"], 3, line["interval"]) if scored else Cell("–"),
                 number(line["documents"], 0),
                 number(line["shots"], 0),
                 number(cost["scored_tokens_per_second"], 0),

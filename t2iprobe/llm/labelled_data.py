@@ -105,7 +105,7 @@ DATASETS: dict[str, Callable[[], Labelled]] = {
 
 def _read_csv(path: Path) -> Labelled:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file)
             if lacking := [name for name in ("text", "label") if name not in (reader.fieldnames or [])]:
                 raise UserError(f"{path} lacks the column {lacking[0]}: it needs text and label")

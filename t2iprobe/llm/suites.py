@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-__all__ = ["SUITES", "SuiteTask", "aggregate", "read_metric"]
+__all__ = ["SUITES", "SuiteTask", "aggregate", "read_metric", "score_interval"]
 
 FACTUALITY, FAITHFULNESS = "factuality", "faithfulness"
 CLASSES = (FACTUALITY, FAITHFULNESS)
@@ -100,11 +100,37 @@ def read_metric(metrics: Mapping[str, Any], name: str, scale: float = 1.0) -> tu
     return metrics[key] / scale, error / scale if isinstance(error, int | float) else None
 
 
-def aggregate(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
-    """Return factuality and faithfulness from lines with kind, value and stderr: unweighted means.
+def score_interval(value: float, stderr: float | None, documents: int | None) -> list[float] | None:
+    """Return the 95 % interval of a mean over documents that score 0 to 1, None without a standard error.
 
-    The standard error takes tasks as independent; the interval is the normal one at 95 %. None for a class
-    without tasks.
+    A document of 0 and one of 1 join the others, as in `intervals.bootstrap_probability`: a model that is
+    never right on ten documents need not be so on all.
+    """
+    if stderr is None:
+        return None
+    centre, error = _join_two(value, stderr, documents)
+    return _widen(value, centre, error)
+
+
+def _join_two(value: float, stderr: float, documents: int | None) -> tuple[float, float]:
+    """Return mean and standard error with a document of 0 and one of 1 more."""
+    if not documents:
+        return value, stderr
+    count = documents + 2
+    squares = stderr**2 * documents * (documents - 1) + documents * value**2 + 1
+    mean = (documents * value + 1) / count
+    return mean, sqrt(max(0.0, squares - count * mean**2) / (count - 1) / count)
+
+
+def _widen(value: float, centre: float, error: float) -> list[float]:
+    return [max(0.0, min(value, centre - 1.96 * error)), min(1.0, max(value, centre + 1.96 * error))]
+
+
+def aggregate(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """Return factuality and faithfulness from lines with kind, value, stderr and documents: unweighted means.
+
+    The standard error takes tasks as independent; the interval at 95 % is that of `score_interval`'s means.
+    None for a class without tasks.
     """
     found: dict[str, dict[str, Any] | None] = {}
     for kind in CLASSES:
@@ -113,8 +139,11 @@ def aggregate(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | 
             found[kind] = None
             continue
         value = sum(line["value"] for line in own) / len(own)
-        errors = [line["stderr"] for line in own]
-        stderr = sqrt(sum(error**2 for error in errors)) / len(own) if None not in errors else None
-        interval = None if stderr is None else [value - 1.96 * stderr, value + 1.96 * stderr]
+        stderr, interval = None, None
+        if all(line["stderr"] is not None for line in own):
+            stderr = sqrt(sum(line["stderr"] ** 2 for line in own)) / len(own)
+            joined = [_join_two(line["value"], line["stderr"], line.get("documents")) for line in own]
+            centre = sum(mean for mean, _ in joined) / len(own)
+            interval = _widen(value, centre, sqrt(sum(error**2 for _, error in joined)) / len(own))
         found[kind] = {"value": value, "stderr": stderr, "interval": interval, "tasks": len(own)}
     return found

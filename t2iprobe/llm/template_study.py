@@ -11,15 +11,17 @@ import numpy as np
 
 from t2iprobe import __version__
 from t2iprobe.errors import UserError
-from t2iprobe.intervals import describe_mean
+from t2iprobe.intervals import describe_difference, describe_mean
 from t2iprobe.llm.classification import (
     CONTENT_FREE,
     Method,
     average_probabilities,
     calibrate,
+    check_labels,
     choose_demonstrations,
     find_method,
     losses_to_probabilities,
+    make_encoder,
     write_requests,
 )
 from t2iprobe.llm.commands import Engine, load_engine
@@ -87,6 +89,7 @@ def run_study(
     """
     find_grid(study.grid or data.grid)
     data = data.limit(study.limit)
+    _check(study, data)
     settings = _settings(study, data)
     parts = out / "parts"
     with explain_full_disk(out):
@@ -168,6 +171,19 @@ def classify(
         # With demonstrations of each text's own, those of the first stand in for all.
         found = calibrate(found, score(CONTENT_FREE, [shown[0]] * len(CONTENT_FREE)))
     return found
+
+
+def _check(study: TemplateStudy, data: Labelled) -> None:
+    """Raise UserError for demonstrations and labels that a later cell would refuse: nothing is half-made."""
+    from t2iprobe.llm.models import find_language_model, load_tokenizer
+
+    few = [text for text, _ in data.test[:1]]
+    for shots in study.shots:
+        choose_demonstrations(data, few, study.selection, shots, study.seed)
+    for model in study.models:
+        encode = make_encoder(load_tokenizer(find_language_model(model)))
+        for template in {each for shots in study.shots for each in study.templates(data, shots)}:
+            check_labels(encode, template, data.labels)
 
 
 # -- the folder ----------------------------------------------------------------------------------------
@@ -297,18 +313,23 @@ def _columns(study: TemplateStudy, data: Labelled, place: int, method: str, shot
 def _grow_ensembles(probabilities: np.ndarray, truth: np.ndarray, most: int) -> list[dict[str, Any]]:
     """Describe the accuracy over ensembles of 1 … `most` templates: all subsets, or 200 drawn at random.
 
-    The accuracy of the first so many (as drawn, and as published), and the best single template, stand
-    beside the spread over subsets.
+    The accuracy of the first so many (as drawn, and as published) stands beside the spread over subsets, and
+    the gain over single templates, paired by texts, with its interval over them.
     """
+    single = (probabilities.argmax(-1) == truth).mean(axis=0)  # of each text, over templates
 
-    def accuracy(members: Sequence[int]) -> float:
-        mean = average_probabilities(probabilities[list(members)])
-        return float((mean.argmax(-1) == truth).mean())
+    def describe(size: int) -> dict[str, Any]:
+        rights: list[np.ndarray] = []
 
-    return [
-        subset_spread(accuracy, len(probabilities), size) | {"first": accuracy(range(size))}
-        for size in range(1, most + 1)
-    ]
+        def accuracy(members: Sequence[int]) -> float:
+            rights.append(average_probabilities(probabilities[list(members)]).argmax(-1) == truth)
+            return float(rights[-1].mean())
+
+        found = subset_spread(accuracy, len(probabilities), size)
+        gain = describe_difference(single, np.mean(rights, axis=0))
+        return found | {"gain": gain, "first": accuracy(range(size))}
+
+    return [describe(size) for size in range(1, most + 1)]
 
 
 def _to_csv(runs: Sequence[dict[str, Any]]) -> str:

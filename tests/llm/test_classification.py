@@ -183,6 +183,9 @@ def test_a_study_is_written_continued_and_kept_apart(
         assert single["mean"] == pytest.approx(np.mean(run["scores"]))
         assert single["first"] == run["scores"][0]
         assert [size["subsets"] for size in grown["sizes"]] == [4, 6, 4]
+        assert single["gain"]["value"] == 0
+        for size in grown["sizes"]:
+            assert size["gain"]["value"] == pytest.approx(size["mean"] - single["mean"])
     check_page((out / "report.html").read_text())
     rows = read_runs(out / "runs.csv")
     assert [row["prediction_method"] for row in rows[:3]] == [
@@ -208,6 +211,22 @@ def test_a_study_is_written_continued_and_kept_apart(
     lost.write_bytes(lost.read_bytes()[:-9])
     with pytest.raises(UserError, match="is corrupt"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_what_a_later_cell_would_refuse_is_refused_at_once(target: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "own.csv", tmp_path / "out"
+    words = ["llm", "templates", "--data", str(file), "--model", str(target), "--out", str(out)]
+    rows = "".join(f"text {n},{'AB'[n % 2]}\n" for n in range(8))
+    file.write_text(f"text,label\n{rows}", encoding="utf-8-sig")  # as spreadsheets write it
+    for more, match in (
+        ([], "'A' and 'B' become the same tokens"),
+        (["--shots", "0,9"], "fewer than 9"),
+        (["--shots", "2", "--selection", "randon"], "did you mean random"),
+        (["--method", "direct,chanel"], "did you mean channel"),
+    ):
+        with pytest.raises(UserError, match=match):
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
+        assert not out.exists()
 
 
 def test_the_dry_run_writes_nothing(target: Path, tmp_path: Path) -> None:

@@ -70,3 +70,28 @@ def test_hallucination_compares_with_random_weights(
         assert found[name]["factuality"]["tasks"] == 2
         assert f"{found[name]['factuality']['value']:.3f}" in table
     assert found["model"]["settings"]["model"] != found["random weights"]["settings"]["model"]
+    # Never right on four documents: that is no certainty.
+    assert all(line["interval"][1] > 0 for line in found["random weights"]["t2iprobe"])
+
+
+def test_template_spread_compares_models(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = importlib.import_module("template_spread")
+    other, data = save_toy(tmp_path / "other", make_toy(seed=5)), tmp_path / "own.csv"
+    rows = [f"{word} {n},{label}\n" for n in range(8) for word, label in (("dog", "aa"), ("sea", "b"))]
+    data.write_text("text,label\n" + "".join(rows))
+    words = ["--model", target, "--model", str(other), "--data", str(data), "--count", "4", "--ensemble", "2"]
+    words += ["--limit", "6", "--work", str(tmp_path / "work")]
+    assert benchmark.main([*words, "--json", str(tmp_path / "found.json")]) == 0
+    table = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())[str(data)]
+    assert len(found["runs"]) == 12
+    assert sum(line.startswith(("| toy |", "| other |")) for line in table.splitlines()) == 12
+    run, grown = found["runs"][7], found["ensembles"][7]["sizes"][1]
+    assert run["model"] == str(other)
+    assert f"| other | channel | 0 | {sum(run['scores']) / 4:.3f} |" in table
+    assert f"{grown['mean']:.3f} | {grown['sd']:.3f} | {grown['gain']['value']:+.3f}" in table
+    assert benchmark.main(words) == 0
+    assert capsys.readouterr().out == table
+    assert benchmark.main(["--data", "vadr", *words[:4], "--work", str(tmp_path / "w")]) == 2

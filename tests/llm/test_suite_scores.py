@@ -2,16 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from t2iprobe.llm.suite_scores import (
     is_exact,
+    measure_rouge,
     measure_self_consistency,
     normalise_answer,
     score_judgement,
     score_support,
 )
-from t2iprobe.llm.suites import SUITES, aggregate, read_metric
+from t2iprobe.llm.suites import SUITES, aggregate, read_metric, score_interval
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,23 @@ def test_exact_answers(answer: str, aliases: list[str], right: bool) -> None:
 
 def test_answers_are_normalised_as_published() -> None:
     assert normalise_answer(" The Cat, and  a Hat. ") == "cat and hat"
+
+
+@pytest.mark.parametrize(
+    ("summary", "reference", "wanted"),
+    [
+        ("The dog ran home.", "the dog ran home", 1.0),
+        ("a cat ran", "a cat sat", 2 / 3),  # two of three words in order, on both sides
+        ("dogs", "dog", 1.0),  # stemmed
+        ("home ran", "ran home", 0.5),  # in order: one of two
+        ("rain", "rain fell on the roof all night", 2 / 8),  # all of one word, one of seven
+        ("snow", "rain fell", 0.0),
+        ("", "rain fell", 0.0),
+    ],
+)
+def test_summaries(summary: str, reference: str, wanted: float) -> None:
+    pytest.importorskip("rouge_score", reason="lm-evaluation-harness is not installed")
+    assert measure_rouge(summary, reference) == pytest.approx(wanted)
 
 
 def test_self_consistency_by_hand() -> None:
@@ -99,6 +118,23 @@ def test_means_of_classes_by_hand() -> None:
     }
     assert found["faithfulness"] == {"value": 0.5, "stderr": None, "interval": None, "tasks": 1}
     assert aggregate(lines[:2])["faithfulness"] is None
+
+
+def test_intervals_are_those_with_a_document_of_each_kind_more() -> None:
+    for scores in ([0.0] * 8, [1.0] * 5, [0.0, 1.0, 1.0, 0.0, 1.0], [0.2, 0.4, 0.9]):
+        stderr = float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
+        more = [*scores, 0.0, 1.0]
+        half = 1.96 * np.std(more, ddof=1) / np.sqrt(len(more))
+        low, high = np.clip([np.mean(more) - half, np.mean(more) + half], 0, 1)
+        mean = float(np.mean(scores))
+        found = score_interval(mean, stderr, len(scores))
+        assert found == pytest.approx([min(low, mean), max(high, mean)])
+    assert score_interval(0.5, None, 8) is None
+    never = [{"kind": "factuality", "value": 0.0, "stderr": 0.0, "documents": 8}] * 4
+    found = aggregate(never)["factuality"]
+    assert found is not None
+    # Four tasks tell more than one, and still not that it is never right.
+    assert 0 < found["interval"][1] < score_interval(0.0, 0.0, 8)[1]  # type: ignore[index]
 
 
 def test_metrics_are_read_whatever_their_filter() -> None:
