@@ -62,7 +62,10 @@ def signals(
     out: Output,
     language: Annotated[str, typer.Option(help="Of the stop words and the blocklist.")] = "en",
     target: Annotated[
-        list[Path] | None, typer.Option(help="A file of corpus train, which adds signals; repeat it.")
+        list[Path] | None,
+        typer.Option(
+            help="A file of corpus train or of fastText (.bin, .ftz), which adds signals; repeat it."
+        ),
     ] = None,
     domains: Annotated[
         Path | None, typer.Option(help="JSON of a domain's number in the UT1 blacklist.")

@@ -11,8 +11,9 @@ from typing import Any
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.corpus.captions import compute_caption_signals, load_token_counter
+from t2iprobe.llm.corpus.classifiers import ENDINGS, Classifier, load_classifier, score_classifier
 from t2iprobe.llm.corpus.documents import Row, number_of
-from t2iprobe.llm.corpus.importance import load_target, score_target
+from t2iprobe.llm.corpus.importance import Target, load_target, score_target
 from t2iprobe.llm.corpus.minhash import (
     SHINGLE,
     band_rows,
@@ -22,7 +23,14 @@ from t2iprobe.llm.corpus.minhash import (
     shingle,
 )
 from t2iprobe.llm.corpus.nouns import Nouns
-from t2iprobe.llm.corpus.signals import Document, Rules, compute_signals, copy_ccnet_signals, stop_words
+from t2iprobe.llm.corpus.signals import (
+    Document,
+    Rules,
+    Signals,
+    compute_signals,
+    copy_ccnet_signals,
+    stop_words,
+)
 from t2iprobe.llm.corpus.streaming import dump_lines
 from t2iprobe.storage import hash_files
 
@@ -35,7 +43,7 @@ class Annotation:
 
     captions: our own signals, too (of English texts). tokenizer: whose tokens are counted (see
     `load_token_counter`), None for no count. size: of a shingle (`minhash.read_size`). targets: files of
-    `importance.train_target`, each of which adds three signals.
+    `importance.train_target`, each of which adds three signals, or of fastText, which add one.
     """
 
     rules: Rules = field(default_factory=Rules)
@@ -63,7 +71,7 @@ class Annotation:
             signals = copy_ccnet_signals(row.fields, len(row.text))
             signals |= compute_signals(document, self.rules, domain if isinstance(domain, str) else None)
             for path in self.targets:
-                signals |= score_target(load_target(path), document)
+                signals |= _score(_load_target(path), document)
             lines.append(
                 {
                     "id": row.id,
@@ -90,6 +98,16 @@ class Annotation:
         ]
 
 
+def _load_target(path: Path) -> Target | Classifier:
+    return load_classifier(path) if path.suffix in ENDINGS else load_target(path)
+
+
+def _score(target: Target | Classifier, document: Document) -> Signals:
+    if isinstance(target, Target):
+        return score_target(target, document)
+    return score_classifier(target, document)
+
+
 @functools.cache
 def _load_nouns() -> Nouns:
     return Nouns(stop_words("en"))
@@ -113,7 +131,7 @@ def make_annotation(
     counter = None if tokenizer == "none" or not captions else tokenizer
     if counter is not None:
         load_token_counter(counter)
-    names = [load_target(path).name for path in targets]
+    names = [_load_target(path).name for path in targets]
     if len(set(names)) < len(names):
         raise UserError(f"two targets have the same name: {', '.join(names)}")
     return Annotation(Rules(language, numbers), captions, counter, read_size(size), tuple(targets))
