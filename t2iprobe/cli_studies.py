@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from t2iprobe.console import AsJson, duration, print_found
+from t2iprobe.errors import UserError
 
 studies = typer.Typer(rich_markup_mode=None)
 
@@ -32,6 +33,11 @@ def sweep(
     synsets: Annotated[str | None, typer.Option(help="As in run.")] = None,
     samples: Annotated[int | None, typer.Option(help="Pictures a synset and cell.")] = None,
     keep: Annotated[str | None, typer.Option(help="Pictures to keep: all, thumbnails or none.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n, as in run: a share of every cell.")] = "0/1",
+    cluster: Annotated[str | None, typer.Option(help="As in run: local, or ray://HOST:PORT.")] = None,
+    worker_cores: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of a worker without a GPU (4, where there are).")
+    ] = None,
     settings: Settings = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Allow more samples or synsets than the cells have.")
@@ -45,8 +51,12 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Draw the same words at every point of a grid of settings, with the same noise. Can be continued."""
-    from t2iprobe.config import load_sweep, parse_settings
+    from t2iprobe.config import load_sweep, parse_settings, read_share
+    from t2iprobe.launch import join_launch
 
+    launch, share = join_launch(), read_share(shard)
+    if (share != (0, 1)) + (cluster is not None) + (launch is not None) > 1:
+        raise UserError("--shard, --cluster and a launch of several processes each share the sweep: take one")
     given = {
         "model": model,
         "classifiers": classifier,
@@ -57,11 +67,15 @@ def sweep(
     chosen = {key: value for key, value in given.items() if value is not None and value != []}
     study, axes = load_sweep(config, chosen | parse_settings(settings or []), over or [])
     if dry_run:
-        from t2iprobe.hypernymy.sweep import plan_sweep
+        if launch is None or launch.first:
+            from t2iprobe.hypernymy.sweep import plan_sweep
+            from t2iprobe.machine import process_seconds
 
-        _print_plan(plan_sweep(study, axes, out), as_json)
+            _print_plan(plan_sweep(study, axes, out, process_seconds=process_seconds()), as_json)
         return
-    _run_sweep(study, axes, out, extend, as_json)
+    runs, costs = _run_sweep(study, axes, out, launch, share, cluster, worker_cores, extend)
+    if launch is None or launch.first:
+        _print_sweep(out, runs, costs, as_json)
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -74,23 +88,55 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     print_found(plan, as_json, "\n".join(lines))
 
 
-def _run_sweep(study: Any, axes: dict[str, list[Any]], out: Path, extend: bool, as_json: bool) -> None:
+def _run_sweep(
+    study: Any,
+    axes: dict[str, list[Any]],
+    out: Path,
+    launch: Any,
+    share: tuple[int, int],
+    cluster: str | None,
+    cores: int | None,
+    extend: bool,
+) -> tuple[list[Any], dict[str, Any] | None]:
+    from t2iprobe.cluster import Cluster, costs_display
+    from t2iprobe.launch import may_tell
     from t2iprobe.progress import progress_bar
 
-    try:
-        from t2iprobe.hypernymy.sweep import run_sweep  # heavy: a stop while it loads is a clean one, too
+    try:  # the imports are heavy: a stop while they load is a clean one, too
+        if cluster is not None:
+            from t2iprobe.hypernymy.cluster import sweep_on_cluster
 
-        with progress_bar("pictures") as progress:
-            run_sweep(study, axes, out, extend=extend, progress=progress)
+            with costs_display("pictures") as show:
+                where = Cluster(cluster, cores)
+                return sweep_on_cluster(study, axes, out, where, extend=extend, show=show)
+        from t2iprobe.hypernymy.sweep import run_sweep
+
+        with progress_bar("pictures") as bar:
+            progress = bar if launch is None or launch.first else None
+            more = {"share": share, "launch": launch, "extend": extend, "progress": progress}
+            return run_sweep(study, axes, out, **more), None
     except KeyboardInterrupt:
-        print(f"t2iprobe: stopped; what is drawn is in {out}: the same command continues", file=sys.stderr)
+        if may_tell():
+            text = f"stopped; what is drawn is in {out}: the same command continues"
+            print(f"t2iprobe: {text}", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_sweep(out: Path, runs: list[Any], costs: dict[str, Any] | None, as_json: bool) -> None:
     import json
 
+    from t2iprobe.cluster import describe_costs
+
+    if left := sum(len(run.missing()) for run in runs):
+        text = f"this share is done; {left} pictures are left to other shares"
+        print_found({"sweep": str(out), "missing": left}, as_json, text)
+        return
     results = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-    print_found(
-        results, as_json, (out / "sweep.md").read_text(encoding="utf-8") + f"\nreport: {out / 'sweep.html'}"
-    )
+    lines = [(out / "sweep.md").read_text(encoding="utf-8")]
+    if costs is not None:
+        results |= {"cluster": costs}
+        lines += describe_costs(costs, "pictures")
+    print_found(results, as_json, "\n".join([*lines, f"report: {out / 'sweep.html'}"]))
 
 
 @studies.command()

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,7 +197,7 @@ class Crew:
     def work(
         self,
         make: Callable[[], Callable[[Any], T]],
-        items: Sequence[Item],
+        rounds: Iterable[Sequence[Item]],
         store: Callable[[T], None],
         *,
         size: Callable[[int, int, float | None], int],
@@ -208,7 +208,7 @@ class Crew:
 
         Args:
             make: called on each new worker; returns what does a packed shard there.
-            items: to be done, hashable.
+            rounds: of items to be done, hashable; each is asked for when all before it is stored.
             store: called here with each shard's result.
             size: (items left, places for workers, items per second of the worker) → items of its next shard.
             pack: a shard's items → what is sent to the worker.
@@ -217,17 +217,18 @@ class Crew:
         A shard whose worker died is given out again. Raises UserError where a worker raised one, and where
         three died over the same shard.
         """
-        began, shown = time.monotonic(), 0.0
-        self._waiting.extend(items)
-        total = len(self._waiting)
+        began, shown, total = time.monotonic(), 0.0, 0
         try:
-            while self._waiting or any(member.items for member in self._members):
-                self._hire(make)
-                self._give(size, pack)
-                self._collect(store)
-                if show is not None and time.monotonic() - shown > 1:
-                    show(self._costs(total, began))
-                    shown = time.monotonic()
+            for items in rounds:
+                self._waiting.extend(items)
+                total += len(items)
+                while self._waiting or any(member.items for member in self._members):
+                    self._hire(make)
+                    self._give(size, pack)
+                    self._collect(store)
+                    if show is not None and time.monotonic() - shown > 1:
+                        show(self._costs(total, began))
+                        shown = time.monotonic()
         finally:
             self._dismiss()
         costs = self._costs(total, began)

@@ -103,8 +103,8 @@ def refuse_shares(run: Run) -> None:
     """Raise UserError where a run with a rule is to be drawn by processes that do not wait for each other."""
     if has_rule(run):
         raise UserError(
-            "--until decides what to draw next from all that was drawn: run it in one process (or with "
-            "`accelerate launch`), without --shard or --cluster"
+            "--until decides what to draw next from all that was drawn, and shares do not wait for each "
+            "other: leave --shard out; `accelerate launch` and --cluster divide such a run, too"
         )
 
 

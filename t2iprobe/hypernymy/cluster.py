@@ -1,7 +1,9 @@
-"""A run on many devices: the processes of one launch, or the workers of a Ray cluster."""
+"""A run or a sweep on many devices: the processes of one launch, or the workers of a Ray cluster."""
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from t2iprobe.cluster import Cluster, Costs, connected, write_costs
 from t2iprobe.config import Study
 from t2iprobe.devices import resolve_device
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy.adaptive import is_complete, refuse_shares
+from t2iprobe.hypernymy.adaptive import is_complete, list_rounds
 from t2iprobe.hypernymy.drawing import SHARD_SECONDS, Progress, draw
 from t2iprobe.hypernymy.study import (
     NETWORKS,
@@ -24,6 +26,7 @@ from t2iprobe.hypernymy.study import (
     load_scorers,
     make_manifest,
 )
+from t2iprobe.hypernymy.sweep import Cell, Networks, create_cells, finish_sweep, list_cells
 from t2iprobe.launch import Launch
 from t2iprobe.runs import Run, Shard
 
@@ -64,23 +67,18 @@ def run_on_cluster(
 ) -> tuple[Run, Costs | None]:
     """Run a study on a cluster, into a run directory of this machine; the second is what it cost.
 
-    Workers load the model where they are, and send back logits and the pictures that are kept. The costs so
-    far are in ``cluster.json``, too. They are None where nothing was left to draw.
+    Workers load the model where they are, and send back logits and the pictures that are kept. With a rule
+    they draw one look's pictures after another, which this machine decides on. The costs so far are in
+    ``cluster.json``, too. They are None where nothing was left to draw.
     """
     with connected(cluster, study.device) as crew:
         told = crew.ask(partial(_describe_worker, study))
-        manifest = make_manifest(study, out, told=told)
-        refuse_shares(Run(Path(out), manifest))
-        run = Run.create(out, manifest, extend=extend)
+        run = Run.create(out, make_manifest(study, out, told=told), extend=extend)
         costs = None
         with run.writing():
-            if missing := run.missing():
+            rounds = list_rounds(run)
+            if first := next(rounds, None):
                 classes = len(load_hierarchy(study).classes)
-
-                def tell(costs: Costs) -> None:
-                    write_costs(run.path, costs)
-                    if show is not None:
-                        show(costs)
 
                 def store(shards: Sequence[Shard]) -> None:
                     for shard in shards:
@@ -88,14 +86,65 @@ def run_on_cluster(
 
                 costs = crew.work(
                     partial(_load_drawer, study, run.manifest, classes, t2iprobe.__version__),
-                    missing,
+                    itertools.chain([first], rounds),
                     store,
                     size=partial(shard_size, study.pictures_at_once),
-                    show=tell,
+                    show=partial(_tell, run.path, show),
                 )
-    if run.complete:
+    if is_complete(run):
         finish(run)
     return run, costs
+
+
+def sweep_on_cluster(
+    study: Study,
+    axes: Mapping[str, Sequence[Any]],
+    out: str | Path,
+    cluster: Cluster,
+    *,
+    extend: bool = False,
+    show: Callable[[Costs], None] | None = None,
+) -> tuple[list[Run], Costs | None]:
+    """Draw a sweep's cells on a cluster, as `sweep.run_sweep` does here; the second is what it cost.
+
+    A worker loads the networks once, and turns them to the cell that its shard is of.
+    """
+    out = Path(out)
+    cells = list_cells(study, axes)
+    own = study.model_copy(update={"scheduler": None})
+    with connected(cluster, study.device) as crew, contextlib.ExitStack() as locks:
+        told = crew.ask(partial(_describe_worker, own))
+        manifests = []
+        for cell in cells:
+            chosen = {"scheduler": cell.study.scheduler} if cell.study.scheduler else {}
+            manifests.append(make_manifest(cell.study, out / cell.name, told=told | chosen))
+        runs = create_cells(cells, manifests, out, extend=extend)
+        for run in runs:
+            locks.enter_context(run.writing())
+        costs = None
+        if missing := [(number, p) for number, run in enumerate(runs) for p in run.missing()]:
+            classes = len(load_hierarchy(study).classes)
+
+            def store(found: Sequence[tuple[int, Shard]]) -> None:
+                for number, shard in found:
+                    runs[number].store(shard)
+
+            told_all = (own, cells, [run.manifest for run in runs], classes, t2iprobe.__version__)
+            costs = crew.work(
+                partial(_load_sweeper, *told_all),
+                [missing],
+                store,
+                size=partial(shard_size, study.pictures_at_once),
+                show=partial(_tell, out, show),
+            )
+    finish_sweep(cells, runs, axes, out)
+    return runs, costs
+
+
+def _tell(folder: Path, show: Callable[[Costs], None] | None, costs: Costs) -> None:
+    write_costs(folder, costs)
+    if show is not None:
+        show(costs)
 
 
 def shard_size(batch: int, left: int, places: int, rate: float | None) -> int:
@@ -130,6 +179,46 @@ def _load_drawer(
 
     Raises UserError where they are not those that the run began with.
     """
+    study = _agree_on_networks(study, manifest, version)
+    device = resolve_device(study.device)
+    scorers = load_scorers(study, device, classes)
+    sampler = load_sampler(study, device, manifest["identity"]["dtype"])
+
+    run = _Gathered(manifest)
+
+    def work(positions: Sequence[int]) -> list[Shard]:
+        run.gathered = []
+        draw(run, positions, sampler, scorers, study)
+        return run.gathered
+
+    return work
+
+
+def _load_sweeper(
+    study: Study, cells: Sequence[Cell], manifests: Sequence[dict[str, Any]], classes: int, version: str
+) -> Callable[[Sequence[tuple[int, int]]], list[tuple[int, Shard]]]:
+    """As `_load_drawer`, for (number of a cell, plan position)."""
+    study = _agree_on_networks(study, manifests[0], version)
+    networks = Networks(study, manifests[0]["identity"]["dtype"], classes)
+    for cell in cells:
+        networks.turn_to(cell.study)  # whatever a family does not take is told before anything is drawn
+    runs = [_Gathered(manifest) for manifest in manifests]
+
+    def work(items: Sequence[tuple[int, int]]) -> list[tuple[int, Shard]]:
+        found: list[tuple[int, Shard]] = []
+        for number, group in itertools.groupby(items, key=lambda item: item[0]):
+            study, run = cells[number].study, runs[number]
+            networks.turn_to(study)
+            run.gathered = []
+            draw(run, [position for _, position in group], networks.sampler, networks.scorers, study)
+            found += [(number, shard) for shard in run.gathered]
+        return found
+
+    return work
+
+
+def _agree_on_networks(study: Study, manifest: Mapping[str, Any], version: str) -> Study:
+    """Return the study with the judges' dtype that the run began with. Raises UserError as `_load_drawer`."""
     if version != t2iprobe.__version__:
         raise UserError(
             f"t2iprobe {version} was called, a worker has {t2iprobe.__version__}: install one of them on all"
@@ -140,18 +229,5 @@ def _load_drawer(
             f"a worker has another {differing[0]} under the same name than the run began with: put the same "
             "files at the same path on every machine"
         )
-    identity = manifest["identity"]
-    judges = {each["dtype"] for each in identity["classifiers"].values()}
-    study = study.model_copy(update={"classifier_dtype": judges.pop()})
-    device = resolve_device(study.device)
-    scorers = load_scorers(study, device, classes)
-    sampler = load_sampler(study, device, identity["dtype"])
-
-    run = _Gathered(manifest)
-
-    def work(positions: Sequence[int]) -> list[Shard]:
-        run.gathered = []
-        draw(run, positions, sampler, scorers, study)
-        return run.gathered
-
-    return work
+    judges = {each["dtype"] for each in manifest["identity"]["classifiers"].values()}
+    return study.model_copy(update={"classifier_dtype": judges.pop()})

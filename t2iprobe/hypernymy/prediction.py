@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ def predict(
     sampler = load_sampler(study, device, manifest["identity"]["dtype"])
     start = before + time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(study, dict(manifest), missing, sampler, scorers, Path(folder))
+        bench = Bench(study, dict(manifest), missing, sampler, scorers, Path(folder))
         bench.settle()
         per_prompt = bench.measure_prompts()
-        pictures, step = bench.measure_pictures(study.steps or default_steps(sampler.pipeline))
-        report = bench.measure_report(finish)
+        (each,), step = bench.measure_pictures([study.steps or default_steps(sampler.pipeline)])
+        _, report = bench.write_report(finish)
     plan = Run(Path("."), dict(manifest)).plan
     prompts = per_prompt * len({plan[position].prompt for position in missing})
-    parts = {"start": start, "prompts": prompts, "pictures": pictures, "report": report}
+    parts = {"start": start, "prompts": prompts, "pictures": each * len(missing), "report": report}
     return {
         "predicted_seconds": sum(parts.values()),
         "seconds": parts,
@@ -55,7 +55,7 @@ def predict(
     }
 
 
-class _Bench:
+class Bench:
     """A run that is thrown away, drawn from in pieces and timed."""
 
     def __init__(
@@ -99,25 +99,31 @@ class _Bench:
             self.sampler.encode([prompt])
         return (time.perf_counter() - begin) / len(new) if new else 0.0
 
-    def measure_pictures(self, steps: int | None) -> tuple[float, float | None]:
-        """Return the seconds of all missing pictures, without their prompts, and of a step of a batch."""
+    def measure_pictures(self, steps: Sequence[int | None]) -> tuple[list[float], float | None]:
+        """Return the seconds of a picture in each number of steps, without its prompt, and of a batch's step.
+
+        The step is None where they are drawn as they are: few, or nobody knows how many.
+        """
         lanes = self.sampler.lanes
         batch = min(self.sampler.sizes.size, -(-len(self.missing) // lanes))
         count = min(len(self.missing), 2 * batch * lanes)
-        rounds = len(self.missing) / count
         self.sampler.encode([self.run.plan[position].prompt for position in self.missing[:count]])
-        if steps is None or steps <= FEW + MORE:
-            return rounds * float(np.mean([self.draw(count, steps) for _ in range(2)])), None
-        short = [self.draw(count, FEW) for _ in range(2)]
-        long = [self.draw(count, FEW + MORE) for _ in range(2)]
-        step = float(np.mean(long) - np.mean(short)) / MORE
-        step_of_a_batch = step * lanes * batch / count
-        return rounds * (float(np.mean(short)) + (steps - FEW) * step), step_of_a_batch
 
-    def measure_report(self, finish: Any) -> float:
-        """Return the seconds of a report on as many pictures, their logits made of those that were drawn."""
-        run = Run.create(self.folder / "whole", self.manifest)
-        rng = np.random.default_rng(0)
+        def measure(steps: int | None) -> float:
+            return float(np.mean([self.draw(count, steps) for _ in range(2)])) / count
+
+        known = [each for each in steps if each is not None]
+        if len(known) < len(steps) or max(known) <= FEW + MORE:
+            times = {each: measure(each) for each in dict.fromkeys(steps)}
+            return [times[each] for each in steps], None
+        short, long = measure(FEW), measure(FEW + MORE)
+        step = (long - short) / MORE
+        return [short + (each - FEW) * step for each in known], step * lanes * batch
+
+    def write_report(self, finish: Callable[[Run], None], seed: int = 0) -> tuple[Run, float]:
+        """Report on as many pictures, with logits made of those that were drawn; the run, and the seconds."""
+        run = Run.create(self.folder / f"whole{seed}", self.manifest)
+        rng = np.random.default_rng(seed)
         logits = {}
         for name in run.classifiers:
             drawn = np.concatenate(list(self.run.logits(name).values()))
@@ -125,4 +131,4 @@ class _Bench:
         run.write_shard(range(len(run.plan)), logits)
         begin = time.perf_counter()
         finish(run)
-        return time.perf_counter() - begin
+        return run, time.perf_counter() - begin

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2iprobe.config import SWEPT, Study, dump_study, make_study
 from t2iprobe.devices import resolve_device
@@ -31,9 +31,13 @@ from t2iprobe.hypernymy.study import (
     load_scorers,
     make_manifest,
 )
-from t2iprobe.pipelines import find_scheduler
+from t2iprobe.launch import Launch
+from t2iprobe.pipelines import default_steps, find_scheduler
 from t2iprobe.plans import build_plan
-from t2iprobe.runs import Run
+from t2iprobe.runs import WHOLE, Run, Share
+
+if TYPE_CHECKING:
+    from t2iprobe.hypernymy.prediction import Bench
 
 __all__ = ["Cell", "list_cells", "plan_sweep", "run_sweep"]
 
@@ -95,6 +99,8 @@ def run_sweep(
     axes: Mapping[str, Sequence[Any]],
     out: str | Path,
     *,
+    share: Share = WHOLE,
+    launch: Launch | None = None,
     extend: bool = False,
     progress: Progress | None = None,
 ) -> list[Run]:
@@ -107,38 +113,74 @@ def run_sweep(
         study: what the cells have in common.
         axes: axis (see `config.SWEPT`) → values.
         out: folder of the sweep.
+        share: (i, n) draws the plan positions p with p % n == i of every cell; the last one writes the pages.
+        launch: all its processes draw, each its share; the first waits for all and writes the pages.
         extend: allow more samples or synsets than the cells there have.
-        progress: called with (pictures of all cells stored or pending, of how many).
+        progress: called with (pictures of this share of all cells stored or pending, of how many).
     """
-    from t2iprobe.hypernymy.sweep_results import write_sweep
-
     out = Path(out)
     cells = list_cells(study, axes)
+    if launch is None:
+        networks, runs = _open_cells(study, cells, out, extend)
+    else:
+        share = (launch.index, launch.count)
+        if launch.first:
+            networks, runs = _open_cells(study, cells, out, extend)
+        launch.agree_on(out)
+        if not launch.first:
+            networks, runs = _open_cells(study, cells, out, extend)
+    shares, done = [len(range(share[0], len(run.plan), share[1])) for run in runs], 0
+    for cell, run, size in zip(cells, runs, shares, strict=True):
+        with run.writing(share):
+            left = run.missing(share)
+            done += size - len(left)
+            if left:
+                assert networks is not None
+                networks.turn_to(cell.study)
+                told = _shift(progress, done, sum(shares))
+                draw(run, left, networks.sampler, networks.scorers, cell.study, told)
+                done += len(left)
+        if share == WHOLE:
+            finish(run)  # as soon as it is there
+    if launch is not None:
+        launch.wait()
+    if (launch is None or launch.first) and all(run.complete for run in runs):
+        finish_sweep(cells, runs, axes, out)
+    return runs
+
+
+def finish_sweep(
+    cells: Sequence[Cell], runs: Sequence[Run], axes: Mapping[str, Sequence[Any]], out: Path
+) -> None:
+    """Write the reports of complete cells and the pages of the sweep."""
+    from t2iprobe.hypernymy.sweep_results import write_sweep
+
+    for run in runs:
+        finish(run)
+    write_sweep(list(zip(cells, runs, strict=True)), axes, out)
+
+
+def _open_cells(
+    study: Study, cells: Sequence[Cell], out: Path, extend: bool
+) -> "tuple[Networks | None, list[Run]]":
+    """Load the networks where anything is missing, and open the runs of the cells."""
     manifests = [make_manifest(cell.study, out / cell.name) for cell in cells]
     missing = sum(_count_missing(out / c.name, m) for c, m in zip(cells, manifests, strict=True))
-    bench = _Bench(study, manifests[0]["identity"]["dtype"]) if missing else None
-    if bench is not None:
+    networks = Networks(study, manifests[0]["identity"]["dtype"]) if missing else None
+    if networks is not None:
         for cell in cells:
-            bench.turn_to(cell.study)  # whatever a family does not take is told before anything is drawn
+            networks.turn_to(cell.study)  # whatever a family does not take is told before anything is drawn
+    return networks, create_cells(cells, manifests, out, extend=extend)
+
+
+def create_cells(
+    cells: Sequence[Cell], manifests: Sequence[dict[str, Any]], out: Path, *, extend: bool
+) -> list[Run]:
+    """Make the runs of the cells, or open those that are there."""
     # Those that exist first: one with another identity stops the sweep before new folders are made.
     order = sorted(range(len(cells)), key=lambda index: not (out / cells[index].name).exists())
     made = {index: Run.create(out / cells[index].name, manifests[index], extend=extend) for index in order}
-    total, done = sum(len(run.plan) for run in made.values()), 0
-    for index, cell in enumerate(cells):
-        run = made[index]
-        with run.writing():
-            left = run.missing()
-            done += len(run.plan) - len(left)
-            if left:
-                assert bench is not None
-                bench.turn_to(cell.study)
-                told = _shift(progress, done, total)
-                draw(run, left, bench.sampler, bench.scorers, cell.study, told)
-                done += len(left)
-        finish(run)
-    runs = [made[index] for index in range(len(cells))]
-    write_sweep(list(zip(cells, runs, strict=True)), axes, out)
-    return runs
+    return [made[index] for index in range(len(cells))]
 
 
 def _count_missing(folder: Path, manifest: Mapping[str, Any]) -> int:
@@ -150,14 +192,16 @@ def _shift(progress: Progress | None, before: int, total: int) -> Progress | Non
     return None if progress is None else lambda done, of: progress(before + done, total)
 
 
-class _Bench:
+class Networks:
     """The loaded model and classifiers, turned from cell to cell."""
 
-    def __init__(self, study: Study, dtype: str) -> None:
+    def __init__(self, study: Study, dtype: str, classes: int | None = None) -> None:
+        """Load them; `classes` is how many the hierarchy has, where its file is not on this machine."""
         device = resolve_device(study.device)
         own = study.model_copy(update={"scheduler": None})
         self.sampler: DiffusersSampler = load_sampler(own, device, dtype)
-        self.scorers: dict[str, Scorer] = load_scorers(study, device, len(load_hierarchy(study).classes))
+        classes = classes or len(load_hierarchy(study).classes)
+        self.scorers: dict[str, Scorer] = load_scorers(study, device, classes)
         self._scheduler = getattr(self.sampler.pipeline, "scheduler", None)
 
     def turn_to(self, study: Study) -> None:
@@ -172,13 +216,19 @@ class _Bench:
 
 
 def plan_sweep(
-    study: Study, axes: Mapping[str, Sequence[Any]], out: str | Path | None, *, measure: bool = True
+    study: Study,
+    axes: Mapping[str, Sequence[Any]],
+    out: str | Path | None,
+    *,
+    measure: bool = True,
+    process_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Describe what a sweep would do: its cells, what of them is stored, and the seconds. Writes nothing.
 
-    The time is measured by a few batches at the fewest and at the most steps of each kind of cell (scheduler,
-    size, with or without guidance), which are thrown away; between them a step costs the same.
+    The time is measured for each kind of cell (scheduler, size, with or without guidance) as that of a run
+    is, see `prediction.predict`; a command adds the `process_seconds` of its own start.
     """
+    begin = time.perf_counter() - process_seconds
     cells = list_cells(study, axes)
     manifests = [make_manifest(cell.study, None if out is None else Path(out) / cell.name) for cell in cells]
     pictures = [len(build_plan(manifest["plan"], 0)) for manifest in manifests]
@@ -186,11 +236,7 @@ def plan_sweep(
         count if out is None else _count_missing(Path(out) / cell.name, manifest)
         for cell, manifest, count in zip(cells, manifests, pictures, strict=True)
     ]
-    seconds = None
-    if measure and any(left):
-        each = _measure_cells(study, cells, manifests[0])
-        seconds = sum(time * count for time, count in zip(each, left, strict=True))
-    return {
+    found = {
         "cells": [
             {"name": cell.name, **cell.place, "pictures": count, "stored": count - rest}
             for cell, count, rest in zip(cells, pictures, left, strict=True)
@@ -198,50 +244,78 @@ def plan_sweep(
         "pictures": sum(pictures),
         "stored": sum(pictures) - sum(left),
         "synsets": len(manifests[0]["identity"]["synsets"]),
-        "predicted_seconds": seconds,
+        "predicted_seconds": None,
         "configuration": dump_study(study),
         "dtype": manifests[0]["identity"]["dtype"],
     }
+    if measure and any(left):
+        # An extended cell lacks its last samples.
+        missing = [range(count - rest, count) for count, rest in zip(pictures, left, strict=True)]
+        found |= _predict(study, axes, cells, manifests, missing, begin)
+    return found
 
 
-def _measure_cells(study: Study, cells: Sequence[Cell], manifest: Mapping[str, Any]) -> list[float]:
-    """Seconds a picture of each cell."""
-    bench = _Bench(study, manifest["identity"]["dtype"])
-    pictures = len(build_plan(manifest["plan"], study.seed))
-    count = min(pictures, 2 * bench.sampler.lanes * study.pictures_at_once)
+def _predict(
+    study: Study,
+    axes: Mapping[str, Sequence[Any]],
+    cells: Sequence[Cell],
+    manifests: Sequence[dict[str, Any]],
+    missing: Sequence[range],
+    begin: float,
+) -> dict[str, Any]:
+    """Predict the seconds of a sweep that began at `begin` and lacks these plan positions of its cells."""
+    from t2iprobe.hypernymy.prediction import Bench
 
-    def measure(cell: Cell) -> float:
-        bench.turn_to(cell.study)
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run.create(folder, dict(manifest))
-            begin = time.perf_counter()
-            draw(run, range(count), bench.sampler, bench.scorers, cell.study)
-            return (time.perf_counter() - begin) / count
+    networks = Networks(study, manifests[0]["identity"]["dtype"])
+    sampler = networks.sampler
+    parts = {"start": time.perf_counter() - begin, "prompts": 0.0, "pictures": 0.0, "report": 0.0}
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for index, cell in enumerate(cells):
+        if missing[index]:
+            kinds.setdefault(_kind(cell.study), []).append(index)
+    prompts = {
+        entry.prompt
+        for manifest, lacking in zip(manifests, missing, strict=True)
+        for entry in build_plan(manifest["plan"], 0)[lacking.start : lacking.stop]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for number, members in enumerate(kinds.values()):
+            cell, lacking = cells[members[0]], missing[members[0]]
+            networks.turn_to(cell.study)
+            place = Path(folder) / str(number)
+            bench = Bench(cell.study, manifests[members[0]], lacking, sampler, networks.scorers, place)
+            bench.settle()
+            if number == 0:
+                parts["prompts"] = bench.measure_prompts() * len(prompts)
+                parts["report"] = _measure_pages(bench, cells, axes, place)
+            own = default_steps(sampler.pipeline)
+            each, _ = bench.measure_pictures([cells[index].study.steps or own for index in members])
+            parts["pictures"] += sum(
+                seconds * len(missing[index]) for seconds, index in zip(each, members, strict=True)
+            )
+    return {
+        "predicted_seconds": sum(parts.values()),
+        "seconds": parts,
+        "batch_size": sampler.sizes.size,
+        "lanes": sampler.lanes,
+    }
 
-    measure(cells[0])  # the first call of a network sets it up, and encodes the prompts
-    kinds: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in cells:
-        kinds.setdefault(_kind(cell), []).append(cell)
-    found = {}
-    for kind, members in kinds.items():
-        members = sorted(members, key=_steps)
-        few, many = members[0], members[-1]
-        ends = [(_steps(few), measure(few))]
-        if _steps(many) > _steps(few):
-            ends.append((_steps(many), measure(many)))
-        found[kind] = ends
-    return [_interpolate(found[_kind(cell)], _steps(cell)) for cell in cells]
 
-
-def _kind(cell: Cell) -> tuple[Any, ...]:
-    study = cell.study
+def _kind(study: Study) -> tuple[Any, ...]:
+    """What a step costs the same in."""
     return study.scheduler, study.size, study.guidance is None or study.guidance > 1
 
 
-def _steps(cell: Cell) -> int:
-    return cell.study.steps or 0
+def _measure_pages(
+    bench: "Bench", cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], folder: Path
+) -> float:
+    """Seconds of the reports of all cells, and of the sweep's pages, by those of two."""
+    from t2iprobe.hypernymy.sweep_results import pair_neighbours, write_sweep
 
-
-def _interpolate(ends: Sequence[tuple[int, float]], steps: int) -> float:
-    (few, least), (many, most) = ends[0], ends[-1]
-    return least if many == few else least + (most - least) * (steps - few) / (many - few)
+    pair = cells[:2]
+    written = [bench.write_report(finish, seed) for seed in range(len(pair))]
+    begin = time.perf_counter()
+    write_sweep([(cell, run) for cell, (run, _) in zip(pair, written, strict=True)], axes, folder)
+    pages = time.perf_counter() - begin
+    pairs = len(pair_neighbours([cell.place for cell in cells], list(axes)))
+    return len(cells) * sum(seconds for _, seconds in written) / len(pair) + max(1, pairs) * pages

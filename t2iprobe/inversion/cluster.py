@@ -107,7 +107,7 @@ def train_on_cluster(
             together = settings.together if find_method(settings.method).shares_pass else 1
             costs = crew.work(
                 partial(_load_trainer, settings, model, t2iprobe.__version__),
-                missing,
+                [missing],
                 store,
                 size=partial(group_size, together),
                 pack=lambda names: [_pack(name, loaded[name], out / name) for name in names],

@@ -265,7 +265,7 @@ def test_a_real_run_ends_continues_and_takes_another_rule(tiny_model: Path, tmp_
 
 def test_a_rule_takes_no_shares_and_no_other_comparison(tiny_model: Path, tmp_path: Path) -> None:
     study = make_study(tiny_model, until="isp ± 0.3")
-    with pytest.raises(UserError, match="without --shard"):
+    with pytest.raises(UserError, match="leave --shard out"):
         run_study(study, tmp_path / "run", share=(0, 2))
     for settings, message in (
         ({"common_seeds": True}, "common_seeds for a comparison within the run"),

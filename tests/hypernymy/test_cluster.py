@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
 }
 PICTURES = len(WORDS) * SETTINGS["samples"]
 FEW = 12  # samples of a shorter run
+RULE: dict[str, Any] = {"until": "isp ± 0.12", "samples": 60, "steps": 1, "batch_size": 1}  # several looks
 
 
 def make_study(model: Path, **more: Any) -> Study:
@@ -68,9 +69,31 @@ def check_same(run: Run, whole: Run, samples: int = SETTINGS["samples"]) -> None
             assert found[0][key]["value"] == pytest.approx(found[1][key]["value"], abs=1e-6)
 
 
-def command(model: Path, out: Path, *more: object) -> list[str]:
-    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
-    words = ["hypernymy", "run", "--model", model, *settings, "--out", out, "--json", *more]
+@pytest.fixture(scope="module")
+def ruled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of one process that ends by a rule."""
+    return run_study(make_study(tiny_model, **RULE), tmp_path_factory.mktemp("ruled") / "run")
+
+
+def check_same_decisions(out: Path, ruled: Run) -> None:
+    """The same bytes at every look, so the same end. Batches are of one picture: no kernel sums otherwise."""
+    run = Run.open(out)
+    found, wanted = run.logit_rows(), ruled.logit_rows()
+    assert {p: row.tobytes() for p, row in found.items()} == {p: row.tobytes() for p, row in wanted.items()}
+    for file in ruled.path.rglob("*.png"):
+        assert (run.path / file.relative_to(ruled.path)).read_bytes() == file.read_bytes()
+    results = [json.loads((each.path / "results.json").read_text()) for each in (run, ruled)]
+    for key in ("until", "results", "synsets"):
+        assert results[0][key] == results[1][key], key
+    assert results[0]["until"]["stopped"] == "reached"
+    assert len(results[0]["until"]["looks"]) > 3
+    assert results[0]["until"]["pictures"] == len(found) < len(run.plan)
+    assert run.verify() == []
+
+
+def command(model: Path, out: Path, *more: object, **settings: object) -> list[str]:
+    given = [f"--set={key}={value}" for key, value in {**SETTINGS, **settings}.items()]
+    words = ["hypernymy", "run", "--model", model, *given, "--out", out, "--json", *more]
     return ["-m", "t2iprobe", *map(str, words)]
 
 
@@ -131,6 +154,14 @@ def test_a_launch_goes_on_after_a_death_with_more_processes(
 
 
 @pytest.mark.slow
+def test_a_launch_decides_what_one_process_does(ruled: Run, tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert launch(2, command(tiny_model, tmp_path / "run", **RULE), log).wait(200) == 0, told(log)
+    check_same_decisions(tmp_path / "run", ruled)
+    assert json.loads(Path(f"{log}.out").read_text())["until"]["stopped"] == "reached"
+
+
+@pytest.mark.slow
 def test_a_mistake_is_told_once_by_a_launch(tiny_model: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = command(tiny_model, tmp_path / "run", "--synsets", "dgo.n.01", "--set=synsets=dgo.n.01")
@@ -173,6 +204,28 @@ def test_workers_die_and_join_and_the_run_is_the_same(whole: Run, tiny_model: Pa
     assert read_costs(out) == costs
     text = "\n".join(describe_costs(costs, "pictures"))
     assert f"{costs['lost']} in the shards of dead workers were given out again" in text
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_decides_what_one_process_does(ruled: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """Though a worker dies in the middle of a look."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    with ray_cluster() as cluster:
+        cluster.start_head(cores=2)
+        words = command(tiny_model, out, "--cluster", cluster.address, "--worker-cores", 1, **RULE)
+        driver = start_python(words, log, **cluster.environment)
+
+        def busy() -> list[int]:
+            return [worker["pid"] for worker in read_costs(out)["workers"] if worker["state"] == "busy"]
+
+        os.kill(wait_until(busy, driver, log)[0], signal.SIGKILL)
+        assert driver.wait(200) == 0, told(log)
+    check_same_decisions(out, ruled)
+    costs = read_costs(out)
+    assert costs["done"] == costs["of"] == len(ruled.done())
+    assert costs["given"] == costs["done"] + costs["lost"]
+    assert [worker["state"] for worker in costs["workers"]].count("dead") == 1
 
 
 @needs_ray

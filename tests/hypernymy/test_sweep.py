@@ -1,6 +1,7 @@
 """Sweeps: the grid, cells as ordinary runs, common noise, one loaded model, kills, and what is made of it."""
 
 import csv
+import importlib.util
 import json
 import signal
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from page_checks import check_page
+from ray_cluster import ray_cluster, read_costs, start_python
 from real_command import call, start
 
 from t2iprobe.config import load_study, load_sweep
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy import prediction
 from t2iprobe.hypernymy import study as studies
 from t2iprobe.hypernymy import sweep as module
 from t2iprobe.hypernymy.hierarchy import Hierarchy
@@ -25,6 +28,7 @@ SETTINGS = {
     "synsets": "dog.n.01,bird.n.01,domestic_cat.n.01",
     "samples": 3,
     "dtype": "float32",
+    "classifier_dtype": "float32",
     "keep": "all",
 }
 AXES = {"guidance": [1.0, 3.0], "steps": [1, 2]}
@@ -239,30 +243,90 @@ def test_the_dry_run_predicts_and_writes_nothing(swept, tiny_model, tmp_path):
     assert (known["stored"], known["predicted_seconds"]) == (36, None)
 
 
-def test_time_is_interpolated_between_steps(monkeypatch, tiny_model):
+def test_time_is_that_of_each_cells_steps(monkeypatch, tiny_model):
+    """Measured at 2 and 6 steps, with and without guidance; of what is missing alone."""
     study = make_study(tiny_model)
-    cells = list_cells(study, {"guidance": [1.0, 3.0, 5.0], "steps": [10, 2, 6]})
+    axes = {"guidance": [1.0, 3.0, 5.0], "steps": [10, 2, 7]}
 
-    class Bench:
-        lanes = 2
+    def cost(guidance, steps):
+        return steps * (2 if guidance > 1 else 1) + 3
 
-        def __init__(self, *_):
-            self.sampler, self.scorers = self, {}
+    drawn = []
 
-        def turn_to(self, one):
-            self.cost = one.steps * (2 if one.guidance > 1 else 1) + 3
+    def pass_time(bench, count, steps):
+        drawn.append(steps)
+        return cost(bench.study.guidance, steps) * count
 
-    clock = [0.0]
+    monkeypatch.setattr(prediction.Bench, "draw", pass_time)
+    monkeypatch.setattr(module, "_measure_pages", lambda *_: 7.0)
+    plan = plan_sweep(study, axes, None)
+    parts = plan["seconds"]
+    cells = list_cells(study, axes)
+    assert parts["pictures"] == pytest.approx(9 * sum(cost(c.study.guidance, c.study.steps) for c in cells))
+    assert parts["report"] == 7.0
+    assert plan["predicted_seconds"] == pytest.approx(sum(parts.values()))
+    assert set(drawn) == {2, 6}
+    assert len(drawn) < 20
 
-    def pass_time(run, positions, sampler, *_):
-        clock[0] += sampler.cost * len(positions)
 
-    monkeypatch.setattr(module, "_Bench", Bench)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(module, "draw", pass_time)
-    found = module._measure_cells(study, cells, module.make_manifest(study))
-    for cell, seconds in zip(cells, found, strict=True):
-        assert seconds == pytest.approx(cell.study.steps * (2 if cell.study.guidance > 1 else 1) + 3)
+def test_the_last_share_writes_the_pages(swept, tiny_model, tmp_path):
+    study, out = make_study(tiny_model), tmp_path / "s"
+    told = []
+    run_sweep(study, AXES, out, share=(1, 2), progress=lambda done, of: told.append((done, of)))
+    assert told[-1] == (16, 16)
+    assert not (out / "sweep.json").exists()
+    assert not list(out.glob("*/results.json"))
+    run_sweep(study, AXES, out, share=(0, 2))
+    check_same_sweep(out, swept[0])
+
+
+def check_same_sweep(out, whole):
+    cells = json.loads((out / "sweep.json").read_text())["cells"]
+    assert len(cells) == 4
+    for cell in cells:
+        found, wanted = (Run.open(folder / cell["name"]) for folder in (out, whole))
+        assert found.verify() == []
+        for file in wanted.path.rglob("*.png"):
+            assert (found.path / file.relative_to(wanted.path)).read_bytes() == file.read_bytes()
+        for name, logits in wanted.logits().items():
+            assert np.abs(logits - found.logits()[name]).max() < 1e-4  # a judge's kernels sum by batch size
+        results = json.loads((wanted.path / "results.json").read_text())["results"]
+        assert cell["isp"]["value"] == pytest.approx(results["isp"]["value"], abs=1e-6)
+
+
+def words_of_sweep(model, out):
+    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    over = [f"--over={axis}={','.join(map(str, values))}" for axis, values in AXES.items()]
+    words = ["hypernymy", "sweep", "--model", model, *settings, *over, "--out", out, "--json"]
+    return ["-m", "t2iprobe", *map(str, words)]
+
+
+@pytest.mark.slow
+def test_a_launch_draws_a_sweep(swept, tiny_model, tmp_path):
+    log = tmp_path / "log"
+    launch = ["-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1"]
+    process = start_python([*launch, *words_of_sweep(tiny_model, tmp_path / "s")], log)
+    assert process.wait(200) == 0, Path(f"{log}.err").read_text()
+    assert len(json.loads(Path(f"{log}.out").read_text())["cells"]) == 4  # once
+    check_same_sweep(tmp_path / "s", swept[0])
+    locks = {path.name for path in (tmp_path / "s" / "guidance-3_steps-2" / "locks").glob("*-of-*")}
+    assert locks == {"0-of-2", "1-of-2"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is an extra: t2iprobe[cluster]")
+def test_a_cluster_draws_a_sweep(swept, tiny_model, tmp_path):
+    log = tmp_path / "log"
+    with ray_cluster() as cluster:
+        cluster.start_head(cores=2)
+        where = ["--cluster", cluster.address, "--worker-cores", "1", "--set=batch_size=2"]
+        words = [*words_of_sweep(tiny_model, tmp_path / "s"), *where]
+        process = start_python(words, log, **cluster.environment)
+        assert process.wait(200) == 0, Path(f"{log}.err").read_text()
+    costs = json.loads(Path(f"{log}.out").read_text())["cluster"]
+    assert costs == read_costs(tmp_path / "s")
+    assert costs["done"] == costs["given"] == 36
+    check_same_sweep(tmp_path / "s", swept[0])
 
 
 @pytest.mark.slow
