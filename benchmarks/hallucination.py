@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from t2iprobe.errors import UserError
-from t2iprobe.llm.commands import load_engine
-from t2iprobe.llm.engine.generation import Trees
+from t2iprobe.llm.commands import choose_trees, load_engine
 from t2iprobe.llm.evaluation import evaluate, plan_suite
 from t2iprobe.llm.models import DEFAULT_MODEL, build_folder_once, find_language_model
 from t2iprobe.storage import write_atomically
@@ -72,7 +71,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 options.work / f"{options.suite}-{name.replace(' ', '_')}",
                 limit=options.limit,
                 left_out=left_out,
-                trees=Trees("best-first", options.budget),
+                trees=choose_trees(engine, "best-first", options.budget, 24, "auto", options.batch),
+                batch=options.batch,
                 show=lambda done, total, name=name: print(f"{name}: {done} of {total}", file=sys.stderr),
             )
     return found
@@ -117,7 +117,8 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--draft", default="student")
-    parser.add_argument("--budget", type=int, default=4)
+    parser.add_argument("--budget", type=int, help="guesses a tree; by default as many as pay")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--suite", default="hallucination")
     parser.add_argument("--tasks", help="names of the suite's, by commas; all without")
     parser.add_argument("--limit", type=int, default=50)

@@ -185,7 +185,7 @@ def generate(
             engine,
             rows,
             sampling=sampling,
-            trees=choose_trees(engine, tree, budget, depth, verifier),
+            trees=choose_trees(engine, tree, budget, depth, verifier, batch or 1),
             max_new_tokens=max_new_tokens,
             stop=stop or [],
             raw=raw,

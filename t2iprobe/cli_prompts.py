@@ -218,7 +218,7 @@ def evaluate(
     from t2iprobe.progress import progress_bar
 
     with load(model, draft, memory, link, dtype, device) as engine, progress_bar("tasks") as show:
-        trees = choose_trees(engine, tree, budget, 24, "auto")
+        trees = choose_trees(engine, tree, budget, 24, "auto", batch)
         results = run(
             engine,
             planned,

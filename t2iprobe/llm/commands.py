@@ -497,13 +497,18 @@ def known_acceptance(draft: str) -> list[float] | None:
     return json.loads((FOLDER / "config.json").read_text()).get("acceptance")
 
 
-def choose_trees(engine: Engine, growth: str, budget: int | None, depth: int, verifier: str) -> Trees:
-    """Return how trees grow; without a budget, of the size that is measured to be the best."""
+def choose_trees(
+    engine: Engine, growth: str, budget: int | None, depth: int, verifier: str, batch: int = 1
+) -> Trees:
+    """Return how trees grow; without a budget, of the size that is measured to be the best.
+
+    `batch` prompts share each pass: the more there are, the less room guesses have that cost nothing.
+    """
     Trees(growth, budget or 0, depth, verifier)  # what is wrong is told before anything is measured
     acceptance = known_acceptance(engine.draft_name)
     if engine.draft is None or growth == "none":
         return Trees("none")
-    size = MeasuredSizer(measure_engine(engine)) if budget is None else budget
+    size = MeasuredSizer(measure_engine(engine).shared(batch)) if budget is None else budget
     return Trees(growth, size, depth, verifier, acceptance)
 
 

@@ -93,7 +93,7 @@ class EngineWriter:
             self.engine,
             rows,
             sampling=writing.sampling(seed),
-            trees=choose_trees(self.engine, self.growth, self.budget, 24, "auto"),
+            trees=choose_trees(self.engine, self.growth, self.budget, 24, "auto", self.batch),
             max_new_tokens=writing.max_new_tokens,
             stop=["\n"],
             raw=True,

@@ -130,11 +130,15 @@ def test_intervals_are_those_with_a_document_of_each_kind_more() -> None:
         found = score_interval(mean, stderr, len(scores))
         assert found == pytest.approx([min(low, mean), max(high, mean)])
     assert score_interval(0.5, None, 8) is None
+
+
+def test_a_class_that_is_never_right_is_not_certain() -> None:
     never = [{"kind": "factuality", "value": 0.0, "stderr": 0.0, "documents": 8}] * 4
-    found = aggregate(never)["factuality"]
-    assert found is not None
-    # Four tasks tell more than one, and still not that it is never right.
-    assert 0 < found["interval"][1] < score_interval(0.0, 0.0, 8)[1]  # type: ignore[index]
+    one, four = (aggregate(never[:tasks])["factuality"] for tasks in (1, 4))
+    assert one is not None
+    assert four is not None
+    assert one["interval"] == score_interval(0.0, 0.0, 8)
+    assert 0 == four["interval"][0] < four["interval"][1] < one["interval"][1]
 
 
 def test_metrics_are_read_whatever_their_filter() -> None:

@@ -68,6 +68,19 @@ class PassTimes:
     target: Mapping[int, float]
     draft: Mapping[int, float]
 
+    def shared(self, prompts: int) -> "PassTimes":
+        """Return the same by the tokens of each of so many prompts that share every pass."""
+
+        def divide(seconds: Mapping[int, float]) -> dict[int, float]:
+            measured = sorted(seconds)
+            most = max(1, measured[-1] // prompts)
+            sizes = sorted({1, most, *(size for size in measured if size < most)})
+            whole = np.multiply(sizes, prompts)
+            found = np.interp(whole, measured, [seconds[size] for size in measured])
+            return dict(zip(sizes, found.tolist(), strict=True))
+
+        return PassTimes(divide(self.target), divide(self.draft))
+
 
 class MeasuredSizer:
     """Chooses the tree size with the least predicted seconds a token (Sequoia, section 4.3)."""

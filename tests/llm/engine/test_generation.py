@@ -290,6 +290,17 @@ def test_the_sizer_chooses_and_plain_decoding_wins_where_trees_cost_too_much() -
         assert (made.draft_passes == 0) == (budget == 0)
 
 
+def test_prompts_that_share_a_pass_have_smaller_trees() -> None:
+    # Free up to 16 tokens, then each costs: one prompt fills them with guesses, sixteen have none to spare.
+    times = PassTimes({n: 1 + max(0, n - 16) / 4 for n in (1, 2, 4, 8, 16, 32, 64, 128)}, {1: 0, 128: 0})
+    eight = times.shared(8)
+    assert max(eight.target) == 16
+    assert {n: eight.target[n] for n in (1, 2, 4, 8)} == {1: 1, 2: 1, 4: 5, 8: 13}
+    chosen = [MeasuredSizer(times.shared(prompts)).choose(Acceptance())[0] for prompts in (1, 8, 16, 500)]
+    assert chosen[0] > chosen[1] == 1
+    assert chosen[2:] == [0, 0]
+
+
 def test_acceptance_is_learned_also_from_narrow_trees() -> None:
     rng = np.random.default_rng(0)
     truth = np.array([0.5, 0.2, 0.1])
