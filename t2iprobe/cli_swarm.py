@@ -1,5 +1,6 @@
 """The commands of ``t2iprobe llm swarm``: words in, calls out."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def join(
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 0,
     cache: Annotated[str, typer.Option(help="Bytes for the caches of all sessions.")] = "1GiB",
     memory: Annotated[
-        str | None, typer.Option(help="Bytes for the weights: blocks that do not fit are read from disk.")
+        str | None,
+        typer.Option(help="Bytes for the weights: blocks that do not fit are in a GPU's RAM, or on disk."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8: hold the weights so.")] = None,
     allow: Allowed = None,
@@ -64,6 +66,8 @@ def join(
             "of": server.key.blocks,
             "tokens_per_second": server.throughput,
             "cache_bytes": server.budget.total,
+            "resident_peak_bytes": server.blocks.peak_bytes["device"],
+            "weights": asdict(server.blocks.weights),
         }
         print(node.address, flush=True)
         first, last = server.blocks.first, server.blocks.last
@@ -94,12 +98,21 @@ def status(peer: Peers, as_json: AsJson = False) -> None:
 @swarm.command()
 def tune(
     examples: Annotated[Path, typer.Argument(help="JSONL with rows of text, and prompt if it follows one.")],
-    out: Annotated[Path, typer.Option(help="File for the soft prompt.")],
+    out: Annotated[Path, typer.Option(help="File for what is taught.")],
     model: Annotated[str, typer.Option(help="smollm2, a folder or a hub id.")] = "smollm2",
     peer: Annotated[
         list[str] | None, typer.Option(help="Address of a swarm; without, the model runs here.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of the soft prompt.")] = 8,
+    rows: Annotated[int, typer.Option(help="Rows of the soft prompt; 0: none.")] = 8,
+    rank: Annotated[
+        int, typer.Option(help="Rank of LoRA adapters on your side of each server's blocks; 0: none.")
+    ] = 0,
+    borders: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks before which adapters stand, as 0,15; by default where servers' blocks begin."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 10,
     batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
@@ -114,18 +127,25 @@ def tune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Teach a soft prompt to write as your examples do; the model stays as it is."""
+    """Teach a soft prompt, LoRA adapters or both to write as your examples do; the model stays as it is."""
     from t2iprobe.devices import resolve_device
     from t2iprobe.errors import UserError
     from t2iprobe.llm.swarm.client import tune_soft_prompt
     from t2iprobe.llm.swarm.session import Settings
-    from t2iprobe.llm.swarm.tuning import Tuning
+    from t2iprobe.llm.swarm.tuning import Tuning, parse_borders
     from t2iprobe.progress import progress_bar
 
-    if min(rows, epochs, batch) < 1 or not 0 < held_out < 1 or not learning_rate > 0:
-        raise UserError("rows, epochs, batch and learning rate are above 0, and --held-out below 1, too")
+    if min(epochs, batch) < 1 or min(rows, rank) < 0 or not 0 < held_out < 1 or not learning_rate > 0:
+        raise UserError("epochs, batch and learning rate are above 0, and --held-out below 1, too")
     how = Tuning(
-        rows=rows, epochs=epochs, batch=batch, learning_rate=learning_rate, held_out=held_out, seed=seed
+        rows=rows,
+        rank=rank,
+        borders=parse_borders(borders),
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
     )
     with progress_bar("steps") as show:
         found = tune_soft_prompt(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import resource
 import signal
 import threading
 import time
@@ -29,6 +30,11 @@ class Server:
     @property
     def peer(self) -> str:
         return self.address.rpartition("/")[2]
+
+    def resident_bytes(self) -> int:
+        """What the process has in memory now."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
 
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)

@@ -5,7 +5,7 @@ around its layers (rotary embeddings, kinds of masks, scaled embeddings, soft-ca
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,16 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.engine.cache import RowCache
 from t2iprobe.llm.engine.decoder import Decoder, LayerStore, Lending
-from t2iprobe.llm.memory.packing import Place, read_rest
-from t2iprobe.llm.memory.placement import Placement
-from t2iprobe.llm.memory.schedule import open_source, open_store
-from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource, Source
-from t2iprobe.llm.memory.store import WeightStore, choose_resident
+from t2iprobe.llm.memory.ledger import Ledger
+from t2iprobe.llm.memory.packing import read_rest
+from t2iprobe.llm.memory.placement import Placement, Shares
+from t2iprobe.llm.memory.schedule import BUFFERS, open_source, open_store, realise_weights
+from t2iprobe.llm.memory.sources import DequantizedSource, Source, padded
+from t2iprobe.llm.memory.store import WeightStore, choose_resident, spread_evenly
 from t2iprobe.llm.models import LanguageModel, LanguageModelFiles, decoder_layers, load_without_layers
+from t2iprobe.llm.planning import find_budgets
 
-__all__ = ["Blocks", "Ends", "Part", "load_blocks"]
+__all__ = ["Blocks", "Ends", "load_blocks", "place_blocks"]
 
 
 class _Bypass:
@@ -120,6 +122,8 @@ class Blocks(_Bypass):
             own: LayerStore = store
             self._lending = Lending(model, own, self.layers[first:last])
         self._lock = threading.Lock()
+        self.peak_bytes: dict[str, int] = {}  # of weights, by tier
+        self.weights = Shares(1, 0, 0)  # that they have of the tiers
         self._holds = False  # after its forward, the layer's weights are needed for its backward
         self.slot_bytes = self._measure_slot()
 
@@ -243,29 +247,6 @@ def _nothing(model: LanguageModel, hidden: Tensor) -> Tensor:
     return hidden.new_zeros(*hidden.shape[:2], width)
 
 
-class Part:
-    """Layers first … last − 1 of a source, as one of its own."""
-
-    def __init__(self, source: Source, first: int, last: int) -> None:
-        self._source, self._first, self._last = source, first, last
-
-    @property
-    def layers(self) -> int:
-        return self._last - self._first
-
-    def nbytes(self, layer: int) -> int:
-        return self._source.nbytes(self._first + layer)
-
-    def traffic(self, layer: int) -> int:
-        return self._source.traffic(self._first + layer)
-
-    def layout(self, layer: int) -> dict[str, Place]:
-        return self._source.layout(self._first + layer)
-
-    def read(self, layer: int, out: Tensor) -> Iterator[int]:
-        return self._source.read(self._first + layer, out)
-
-
 def load_blocks(
     files: LanguageModelFiles,
     first: int,
@@ -279,43 +260,91 @@ def load_blocks(
 ) -> Blocks:
     """Load blocks first … last − 1 of a model, and nothing else of its layers.
 
-    With `bits` (2, 3, 4 or 8) they are held in RAM so and dequantised in each pass; with `memory`, as many as
-    fit stay and the others are read from disk in each pass. A `placement` says all that itself, as it does
-    for blocks of prompts. Raises UserError for blocks that there are not, and for a memory that is too small.
+    With `bits` (2, 3, 4 or 8) their weights are held so and dequantised in each pass. `memory` is the bytes
+    that the device has for weights: see `place_blocks`. A `placement` says all that itself, as it does for
+    blocks of prompts and for a speculative target. Raises UserError for blocks that there are not, and for a
+    memory that is too small.
     """
     packed = pack_model(files, dtype, device)
     if not 0 <= first < last <= len(packed.layers):
         raise UserError(f"{files.name} has blocks 0:{len(packed.layers)}, not {first}:{last}")
-    rest = read_rest(packed)
-    model = load_without_layers(files, rest, dtype=dtype, device=device, embeds=False)
-    if placement is not None:
-        span = open_source(packed, placement.weight_bits, layers=slice(first, last))
-        return _wrap(model, first, last, device, open_store(placement, span, device))
-    source: Source = Part(DiskSource(packed), first, last)
-    resident: Collection[int] = range(last - first)
-    buffers = 2
-    if bits is not None:
-        source = QuantizedSource(source, bits)
-        resident = ()
-        held = sum(map(source.traffic, range(source.layers)))
-        if memory is not None and held > memory:
-            raise UserError(
-                f"blocks {first}:{last} take {held} bytes in {bits} bits: hold fewer, or give more"
-            )
-    elif memory is not None:
-        fit = choose_resident(_sizes(source), memory, 0)
-        resident, buffers = fit.resident, max(1, fit.buffers)
-    return _wrap(model, first, last, device, WeightStore(source, resident, buffers, device))
-
-
-def _wrap(model: LanguageModel, first: int, last: int, device: str, store: WeightStore) -> Blocks:
-    """Return blocks with their store, which is closed if that fails."""
+    model = load_without_layers(files, read_rest(packed), dtype=dtype, device=device, embeds=False)
+    around = _hold_alone(model)
+    bits = bits if placement is None else placement.weight_bits
+    source, buffers = open_source(packed, bits, layers=slice(first, last)), BUFFERS
+    if placement is None:
+        ram = 0 if memory is None else find_budgets(memory, device, packed.folder)["ram"] or 0
+        placement, buffers = place_blocks(source, bits, memory, ram, around)
+    ledger = Ledger({"device": memory})
+    ledger.take("device", "what stands around the blocks", around)
+    store = open_store(placement, source, device, ledger, buffers=buffers)
     try:
-        return Blocks(model, first, last, torch.device(device), store)
+        blocks = Blocks(model, first, last, torch.device(device), store)
     except BaseException:
         store.close()
         raise
+    blocks.peak_bytes, blocks.weights = ledger.peak, realise_weights(placement, source).shares["weights"]
+    return blocks
 
 
-def _sizes(source: Source) -> Sequence[int]:
-    return [source.nbytes(layer) for layer in range(source.layers)]
+def _hold_alone(model: LanguageModel) -> int:
+    """Copy what stands around the blocks out of the buffer that held the embedding, too; return its bytes."""
+    held = [each for each in model.parameters() if not each.is_meta]
+    for each in held:
+        each.data = each.data.clone()
+    return sum(each.nbytes for each in held)
+
+
+def place_blocks(
+    source: Source, bits: int | None, memory: int | None, ram: int = 0, around: int = 0
+) -> tuple[Placement, int]:
+    """Return a placement that lets as many blocks stay as fit, and the buffers that the others pass through.
+
+    `memory` bytes are there on the device for the blocks and what stands `around` them, None for whatever
+    they take; `ram` are those of the machine beside it, 0 where that is the device. The blocks that fit into
+    neither are on the disk. Blocks in few bits are held in RAM. Raises UserError for less than a block takes.
+    """
+    if memory is None:
+        return _place(Shares(1, 0, 0), bits), BUFFERS
+    largest = max(padded(source.nbytes(layer)) for layer in range(source.layers))
+    few = source if isinstance(source, DequantizedSource) else None
+    # A block in few bits arrives in a buffer of its own, where it is held.
+    arrives = few.buffer_bytes if few and not ram else 0
+    if memory < (least := around + arrives + largest):
+        raise UserError(
+            f"{memory} bytes of memory are too few for blocks that take {largest} each when they compute: "
+            f"give {least} or more"
+        )
+    if few:
+        sizes = [few.stored.nbytes(layer) for layer in range(source.layers)]
+        free = memory - around - arrives
+        buffers = min(BUFFERS, source.layers, free // largest)
+        if not ram and free - buffers * largest < sum(map(padded, sizes)) <= free - largest:
+            buffers = 1  # nothing is read ahead, but all stay
+        room = ram - few.buffer_bytes if ram else free - buffers * largest
+        share = _share(sizes, _choose_most(sizes, range(source.layers), room))
+        return _place(Shares(share, 0, 1 - share), bits), buffers
+    sizes = [source.nbytes(layer) for layer in range(source.layers)]
+    fit = choose_resident(sizes, memory, around, BUFFERS)
+    rest = [layer for layer in range(source.layers) if layer not in fit.resident]
+    here, near = _share(sizes, fit.resident), _share(sizes, _choose_most(sizes, rest, ram))
+    return _place(Shares(here, near, max(0.0, 1 - here - near)), bits), max(1, fit.buffers)
+
+
+def _place(weights: Shares, bits: int | None) -> Placement:
+    """Return a placement of weights; a server's passes have no block of prompts."""
+    here = Shares(1, 0, 0)
+    return Placement(1, 1, weights, here, here, weight_bits=bits)
+
+
+def _share(sizes: Sequence[int], layers: Sequence[int]) -> float:
+    return sum(sizes[layer] for layer in layers) / sum(sizes)
+
+
+def _choose_most(sizes: Sequence[int], among: Sequence[int], room: int) -> Sequence[int]:
+    """Return as many of some layers as have room, spread evenly."""
+    for count in range(len(among), 0, -1):
+        chosen = [among[place] for place in spread_evenly(count, len(among))]
+        if sum(padded(sizes[layer]) for layer in chosen) <= room:
+            return chosen
+    return []

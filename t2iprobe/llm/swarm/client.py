@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from t2iprobe.llm.swarm.blocks import Ends, load_blocks
 from t2iprobe.llm.swarm.decoder import SwarmDecoder
 from t2iprobe.llm.swarm.registry import ModelKey, find_models
 from t2iprobe.llm.swarm.session import Counters, Settings, Swarm
+from t2iprobe.llm.swarm.taught import load_taught, save_taught
 from t2iprobe.llm.swarm.training import LocalChain, SwarmChain
 from t2iprobe.llm.swarm.transport import Node
-from t2iprobe.llm.swarm.tuning import Tuning, load_soft_prompt, read_examples, save_soft_prompt, tune
+from t2iprobe.llm.swarm.tuning import Tuning, read_examples, tune
 
 __all__ = ["BUDGET", "describe_swarm", "load_swarm_engine", "tune_soft_prompt"]
 
@@ -51,10 +52,8 @@ def load_swarm_engine(
     try:
         key = _choose_key(node, ModelKey.of(files, packed, bits), bits)
         swarm = Swarm(node, key, settings)
-        prefix = None
-        if soft_prompt is not None:
-            prefix = load_soft_prompt(soft_prompt, key)
-        engine = Engine(files, load_tokenizer(files), SwarmDecoder(whole, swarm, prefix), packed=packed)
+        taught = None if soft_prompt is None else load_taught(soft_prompt, key)
+        engine = Engine(files, load_tokenizer(files), SwarmDecoder(whole, swarm, taught), packed=packed)
     except BaseException:
         node.close()
         raise
@@ -82,10 +81,11 @@ def tune_soft_prompt(
     settings: Settings | None = None,
     show: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Teach a soft prompt from a file of examples, through the swarm at `peers`; without, in this process.
+    """Teach from a file of examples, through the swarm at `peers`; without, in this process.
 
-    Returns what `llm swarm tune --json` prints: losses a token before training and after each epoch. Raises
-    UserError for examples that cannot be read, and what `load_swarm_engine` raises.
+    Adapters stand where `how` says; else, in a swarm, before each span of the route as it is now. Returns
+    what `llm swarm tune --json` prints: losses a token before training and after each epoch. Raises UserError
+    for examples that cannot be read, and what `load_swarm_engine` raises.
     """
     how = how or Tuning()
     files = find_language_model(model)
@@ -102,24 +102,28 @@ def tune_soft_prompt(
             key = _choose_key(node, key, bits)
             chain = SwarmChain(Swarm(node, key, settings))
             stack.callback(chain.close)
+            if how.rank and not how.borders:
+                how = replace(how, borders=chain.begins())
         else:
             blocks = load_blocks(files, 0, key.blocks, dtype=dtype, device=device, bits=bits)
             stack.callback(blocks.close)
             chain = LocalChain(blocks)
-        prompt, _, history = tune(ends, chain, rows, how, show)
+        prompt, adapters, history = tune(ends, chain, rows, how, show)
         network = asdict(chain.swarm.counters) if isinstance(chain, SwarmChain) else {}
     found = {
         "out": str(out),
         "model": key.name,
         "examples": len(rows),
         "rows": how.rows,
+        "rank": how.rank,
+        "borders": [] if adapters is None else list(adapters.borders),
         "losses": history,
         "held_out_loss_before": history[0]["held_out_loss"],
         "held_out_loss_after": history[-1]["held_out_loss"],
         "seconds": time.perf_counter() - began,
         **network,
     }
-    save_soft_prompt(out, prompt, key, {"examples": len(rows), "losses": history})
+    save_taught(out, prompt, adapters, key, {"examples": len(rows), "losses": history})
     return found
 
 

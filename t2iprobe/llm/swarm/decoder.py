@@ -9,6 +9,7 @@ from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.models import LanguageModel
 from t2iprobe.llm.swarm.blocks import Ends
 from t2iprobe.llm.swarm.session import Swarm, SwarmCache
+from t2iprobe.llm.swarm.taught import Taught
 
 __all__ = ["SwarmDecoder"]
 
@@ -16,24 +17,24 @@ __all__ = ["SwarmDecoder"]
 class SwarmDecoder(Decoder):
     """A causal language model whose embedding and head are here and whose blocks are on servers.
 
-    `model` is what `load_without_layers` makes; `prefix` [P, hidden] are rows before every text, such as a
-    soft prompt. A tree is verified with one question to each server of the chain.
+    `model` is what `load_without_layers` makes; `taught` are a soft prompt before every text and
+    adapters between blocks. A tree is verified with one question to each server of the chain.
     """
 
-    def __init__(self, model: LanguageModel, swarm: Swarm, prefix: Tensor | None = None) -> None:
+    def __init__(self, model: LanguageModel, swarm: Swarm, taught: Taught | None = None) -> None:
         super().__init__(model)
-        self.swarm, self.prefix = swarm, prefix
+        self.swarm, self.taught = swarm, taught or Taught()
         self._ends = Ends(model, self.windows)
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens a text may have beside the prefix, None where there is no limit."""
-        limit = super().context_length
-        return limit if limit is None or self.prefix is None else limit - len(self.prefix)
+        """How many tokens a text may have beside the soft prompt, None where there is no limit."""
+        limit, prompt = super().context_length, self.taught.prompt
+        return limit if limit is None or prompt is None else limit - len(prompt)
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """Return an empty cache for `batch` texts of about `capacity` tokens with their trees."""
-        return SwarmCache(self.swarm, batch, capacity, self.device, self.prefix)
+        return SwarmCache(self.swarm, batch, capacity, self.taught)
 
     @torch.no_grad()
     def forward(
@@ -44,7 +45,7 @@ class SwarmDecoder(Decoder):
             positions = positions.clamp(max=self.context_length - 1)
         wanted = tokens.shape[1] if keep is None else keep
         entered = self._ends.embed(tokens.to(self.device), positions.to(self.device) + cache.shift)
-        hidden = cache.run(entered, positions.cpu(), tree_mask.cpu(), wanted)
+        hidden = cache.run(entered.cpu(), positions.cpu(), tree_mask.cpu(), wanted)
         self.passes += 1
         if not wanted:
             return torch.empty(len(tokens), 0, self.vocabulary, dtype=self.dtype, device=self.device)

@@ -13,6 +13,7 @@ import numpy as np
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import pack_model
+from t2iprobe.llm.memory.placement import Placement
 from t2iprobe.llm.models import find_language_model
 from t2iprobe.llm.swarm.balancing import Placed, block_throughputs, choose_first, decide_move, may_leave
 from t2iprobe.llm.swarm.blocks import Blocks, load_blocks
@@ -32,7 +33,8 @@ class Joining:
 
     `blocks`: "0:10" are held for good; "10" are so many, held where the swarm is weakest, and moved; None:
     all. `period_seconds`: between two announcements; `balance_seconds`: between two looks whether to move, on
-    average. `bits`, `memory`: of the weights (see `load_blocks`).
+    average. `bits`, `memory`: of the weights; without a `placement`, as many blocks stay as that memory holds
+    (see `load_blocks`).
     """
 
     blocks: str | None = None
@@ -43,6 +45,7 @@ class Joining:
     device: str = "cpu"
     bits: int | None = None
     memory: int | None = None
+    placement: Placement | None = None
     allowed: Collection[str] | None = None
     identity: Path | None = None
     period_seconds: float = 10.0
@@ -85,7 +88,7 @@ def join(
     packed = pack_model(files, how.dtype, how.device)
     count = len(packed.layers)
     first, length = parse_blocks(how.blocks, count)
-    key = ModelKey.of(files, packed, how.bits)
+    key = ModelKey.of(files, packed, how.bits if how.placement is None else how.placement.weight_bits)
     speaker: list[BlockServer] = []
 
     async def accept(peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,7 +109,7 @@ def join(
         def load(begin: int) -> Callable[[], Blocks]:
             return lambda: load_blocks(
                 files, begin, begin + length, dtype=how.dtype, device=how.device, bits=how.bits,
-                memory=how.memory,
+                memory=how.memory, placement=how.placement,
             )  # fmt: skip
 
         blocks = load(first)()

@@ -9,6 +9,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from t2iprobe.llm.swarm.history import History
 from t2iprobe.llm.swarm.registry import Announcement, ModelKey, find_servers
 from t2iprobe.llm.swarm.routing import Hop, MissingBlocks, describe_blocks, find_holes, find_route
 from t2iprobe.llm.swarm.settings import Counters, Settings
+from t2iprobe.llm.swarm.taught import Taught
 from t2iprobe.llm.swarm.transport import Node, PeerError, Stream
 
 __all__ = ["Counters", "Settings", "Swarm", "SwarmCache"]
@@ -208,15 +210,15 @@ class _Link:
 class SwarmCache:
     """The caches of a batch of texts, which lie on the servers; to the engine it is a `RowCache`.
 
-    `prefix` [P, hidden] are rows that stand before every text, such as a soft prompt.
+    What was `taught` stands before every text, and between blocks: there one server ends and another begins.
     """
 
-    def __init__(
-        self, swarm: Swarm, batch: int, capacity: int, device: torch.device, prefix: Tensor | None = None
-    ) -> None:
-        self._swarm, self._batch, self._prefix = swarm, batch, prefix
-        self.shift = 0 if prefix is None else len(prefix)
-        self._history = History(batch, capacity + self.shift, device)
+    def __init__(self, swarm: Swarm, batch: int, capacity: int, taught: Taught | None = None) -> None:
+        taught = taught or Taught()
+        self._swarm, self._batch = swarm, batch
+        self._prefix, self._adapters = taught.prompt, taught.adapters
+        self.shift = 0 if self._prefix is None else len(self._prefix)
+        self._history = History(batch, capacity + self.shift, torch.device("cpu"))
         self._links: list[_Link] = []
         self._masks: list[Tensor] = []  # of the passes that are pending
         weakref.finalize(self, _close_all, self._links)
@@ -300,9 +302,9 @@ class SwarmCache:
         self.keep([range(count)] * self._batch)
 
     def _run(self, hidden: Tensor, positions: Tensor, mask: Tensor, wanted: int) -> Tensor:
-        self._history.reserve(positions.to(self._history.positions.device))
+        self._history.reserve(positions)
         self._spare_memory(hidden)
-        blocks, entered = self._swarm.key.blocks, {0: hidden}
+        blocks, entered = self._swarm.key.blocks, {0: self._adapt(hidden, 0)}
         if not self._links:
             self._swarm.refresh()
             self._replace(0, blocks)
@@ -315,7 +317,7 @@ class SwarmCache:
             try:
                 out = link.step(entered[block], positions, mask, wanted if is_last else hidden.shape[1])
                 block = link.hop.last
-                entered[block] = out
+                entered[block] = self._adapt(out, block)
             except PeerError as error:
                 failures += 1
                 if failures > self._swarm.settings.attempts:
@@ -379,7 +381,9 @@ class SwarmCache:
         tokens = self._batch * self._history.capacity
         made: list[_Link] = []
         try:
-            for hop in self._swarm.route(first, last, tokens):
+            borders = () if self._adapters is None else self._adapters.borders
+            cuts = [first, *(border for border in borders if first < border < last), last]
+            for hop in [hop for span in pairwise(cuts) for hop in self._swarm.route(*span, tokens)]:
                 made.append(_Link(self._swarm, hop, self._batch, self._history.capacity))
             self._replay(made)
         except BaseException:
@@ -413,10 +417,13 @@ class SwarmCache:
     def _replay_rows(self, link: _Link, slots: Tensor, mask: Tensor, further: int | None) -> None:
         history = self._history
         hidden = history.rows(link.hop.first, slots)
-        positions = history.positions.cpu().gather(1, slots)
+        positions = history.positions.gather(1, slots)
         out = link.step(hidden, positions, mask, 0 if further is None else slots.shape[1])
         if further is not None:
-            history.fill(further, slots, out)
+            history.fill(further, slots, self._adapt(out, further))
+
+    def _adapt(self, hidden: Tensor, block: int) -> Tensor:
+        return hidden if self._adapters is None else self._adapters(hidden, block)
 
 
 def _close_all(links: list[_Link]) -> None:

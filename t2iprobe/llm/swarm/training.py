@@ -57,13 +57,14 @@ class _Remote(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, rows: Rows, chain: BlockChain, first: int, last: int) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.rest = rows, chain, first, last
-        return chain.forward(rows.of(hidden.detach()), first, last)
+        return chain.forward(rows.of(hidden.detach()), first, last).to(hidden.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         rows, chain, first, last = ctx.rest
         (hidden,) = ctx.saved_tensors
-        return chain.backward(rows.of(hidden), gradients[0], first, last), None, None, None, None
+        gradient = chain.backward(rows.of(hidden), gradients[0], first, last)
+        return gradient.to(hidden.device), None, None, None, None
 
 
 class LocalChain:
@@ -98,6 +99,14 @@ class SwarmChain:
     def blocks(self) -> int:
         """How many blocks the model has."""
         return self.swarm.key.blocks
+
+    def begins(self) -> list[int]:
+        """Return where the spans of the route through all blocks begin now. Raises UserError as `forward`."""
+        found, block = [], 0
+        while block < self.blocks:
+            found.append(block)
+            block = self._next_hop(block, self.blocks).last
+        return found
 
     def forward(self, rows: Rows, first: int, last: int) -> Tensor:
         """Return what leaves block last − 1. Raises UserError where nobody serves blocks for too long."""

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +16,10 @@ from torch import Tensor, nn
 from t2iprobe.errors import UserError
 from t2iprobe.llm.models import Tokenizer
 from t2iprobe.llm.swarm.blocks import Ends
-from t2iprobe.llm.swarm.registry import ModelKey
+from t2iprobe.llm.swarm.taught import Adapters, SoftPrompt
 from t2iprobe.llm.swarm.training import BlockChain, Rows, run_blocks
-from t2iprobe.storage import explain_full_disk, write_atomically
 
-__all__ = [
-    "Adapters",
-    "Example",
-    "SoftPrompt",
-    "Tuning",
-    "example_loss",
-    "load_soft_prompt",
-    "read_examples",
-    "tune",
-]
+__all__ = ["Example", "Tuning", "example_loss", "parse_borders", "read_examples", "tune"]
 
 _IGNORED = -100
 
@@ -45,8 +34,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How to train: rows of the soft prompt, rank of the adapters (0: none) and before which blocks they
-    stand, passes over the examples, examples a step, learning rate, share of examples held out."""
+    """How to train: rows of the soft prompt, rank of the adapters (0: none), the blocks before which they
+    stand (without, before the first), passes over the examples, examples a step, learning rate, share of
+    examples held out."""
 
     rows: int = 8
     rank: int = 0
@@ -56,32 +46,6 @@ class Tuning:
     learning_rate: float = 0.02
     held_out: float = 0.2
     seed: int = 0
-
-
-class SoftPrompt(nn.Module):
-    """Rows [P, hidden] before every text; none are none."""
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows.clone())
-
-
-class Adapters(nn.Module):
-    """h + B A h before each of these blocks; B begins at zero, so that nothing is changed at first."""
-
-    def __init__(self, hidden: int, rank: int, borders: Sequence[int], dtype: torch.dtype, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.borders = tuple(sorted(set(borders)))
-        self.down = nn.ParameterList(
-            torch.randn(rank, hidden, generator=generator).to(dtype) / math.sqrt(hidden) for _ in self.borders
-        )
-        self.up = nn.ParameterList(torch.zeros(hidden, rank, dtype=dtype) for _ in self.borders)
-
-    def forward(self, hidden: Tensor, block: int) -> Tensor:
-        """Return what enters a block, [B, n, hidden]."""
-        place = self.borders.index(block)
-        return hidden + hidden @ self.down[place].T @ self.up[place].T
 
 
 def example_loss(
@@ -109,11 +73,12 @@ def example_loss(
     hidden = torch.cat([prompt.expand(count, -1, -1), embedded.to(prompt.dtype)], 1)
     # Padding stands behind the text, where no token of it looks.
     mask = torch.ones(count, rows, rows, dtype=torch.bool).tril()
+    borders = () if adapters is None else adapters.borders
     block = 0
-    for border in (*(() if adapters is None else adapters.borders), chain.blocks):
+    for border in (*borders, chain.blocks):
         if border > block:
             hidden = run_blocks(chain, Rows(hidden, positions, mask), block, border)
-        if adapters is not None and border < chain.blocks:
+        if adapters is not None:
             hidden = adapters(hidden, border)
         block = border
     logits = ends.head(hidden[:, shift:])
@@ -143,12 +108,15 @@ def tune(
     test, train = [examples[n] for n in order[:held]], [examples[n] for n in order[held:]]
     if not train:
         raise UserError(f"no example is left to learn from where {held} are held out: lower --held-out")
+    if not how.rows and not how.rank:
+        raise UserError("nothing is taught by no rows and no adapters: give --rows or --rank")
     prompt = SoftPrompt(_begin_prompt(ends, train, how.rows, generator))
     adapters = None
     if how.rank:
         if bad := [border for border in how.borders if not 0 <= border < chain.blocks]:
             raise UserError(f"there is no block {bad[0]} to put an adapter before: there are {chain.blocks}")
-        adapters = Adapters(prompt.rows.shape[1], how.rank, how.borders or [0], prompt.rows.dtype, how.seed)
+        rows = prompt.rows
+        adapters = Adapters(rows.shape[1], how.rank, how.borders or [0], rows.dtype, how.seed).to(rows.device)
     parameters = [*prompt.parameters(), *(adapters.parameters() if adapters else ())]
     optimizer = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
     steps = how.epochs * math.ceil(len(train) / how.batch)
@@ -202,6 +170,14 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
 # -- files ---------------------------------------------------------------------------------------------
 
 
+def parse_borders(text: str | None) -> list[int]:
+    """Return the blocks of "0,15". Raises UserError for anything else."""
+    parts = [] if text is None else text.split(",")
+    if bad := [part for part in parts if not part.strip().isdecimal()]:
+        raise UserError(f"--borders are numbers of blocks, such as 0,15, not {bad[0]!r}")
+    return [int(part) for part in parts]
+
+
 def read_examples(path: Path, tokenizer: Tokenizer, most_tokens: int = 256) -> list[Example]:
     """Read JSONL rows of `text`, and `prompt` if it follows one; texts are cut at `most_tokens`.
 
@@ -233,27 +209,3 @@ def read_examples(path: Path, tokenizer: Tokenizer, most_tokens: int = 256) -> l
     if not found:
         raise UserError(f"{path} holds no examples")
     return found
-
-
-def save_soft_prompt(path: Path, prompt: SoftPrompt, key: ModelKey, about: dict[str, Any]) -> None:
-    """Write a soft prompt as safetensors, with the model that it is for."""
-    from safetensors.torch import save
-
-    metadata = {"model": key.hash, "name": key.name, "about": json.dumps(about)}
-    with explain_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({"soft_prompt": prompt.rows.detach().contiguous()}, metadata))
-
-
-def load_soft_prompt(path: Path, key: ModelKey) -> Tensor:
-    """Read a soft prompt [P, hidden]. Raises UserError for another file, or one of another model."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata, rows = file.metadata() or {}, file.get_tensor("soft_prompt")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is no soft prompt ({error}): t2iprobe llm swarm tune makes one") from None
-    if metadata.get("model") != key.hash:
-        raise UserError(f"{path} was taught to {metadata.get('name')!r}, not to {key.name!r}")
-    return rows

@@ -9,15 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from language_toys import VOCABULARY, make_toy, write_plainly
+from language_toys import VOCABULARY, make_toy, save_toy, write_plainly
 from scipy.stats import chisquare
 from swarm_toys import Server, Servers, wait_until
 
 from t2iprobe.errors import UserError
+from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.engine.drafts import LookupDraft, ModelDraft
 from t2iprobe.llm.engine.generation import Trees, generate
 from t2iprobe.llm.engine.processing import Sampling
+from t2iprobe.llm.memory.placement import Placement, Shares
+from t2iprobe.llm.models import find_language_model
 from t2iprobe.llm.swarm.client import load_swarm_engine
 from t2iprobe.llm.swarm.frames import Frame, Kind, Limits, encode_frame
 from t2iprobe.llm.swarm.session import Counters, Settings
@@ -151,6 +154,31 @@ def test_sampled_text_has_the_targets_own_distribution(client):
     awaited.append(rows - sum(awaited))
     assert chisquare([s for s, a in zip(seen, awaited, strict=True) if a > 1e-9],
                      [a for a in awaited if a > 1e-9]).pvalue > 1e-3  # fmt: skip
+
+
+@pytest.mark.slow
+def test_servers_whose_blocks_are_on_the_disk_hold_less_and_write_the_same(servers, tmp_path):
+    """By a budget, and by a placement; what their processes hold is measured."""
+    config = make_toy(layers=4).config
+    config.intermediate_size = 12_000
+    torch.manual_seed(0)
+    model = type(make_toy())(config).double().eval().requires_grad_(False)
+    servers.model = save_toy(tmp_path / "wide", model)
+    pack_model(find_language_model(str(servers.model)), "float64")  # so that no server does
+    layer = sum(each.nbytes for each in model.model.layers[0].parameters())
+    on_disk, here = Shares(0, 0, 1), Shares(1, 0, 0)
+    full = servers.start("0:4")
+    budget = servers.start("0:4", full.address, memory=int(1.5 * layer))
+    placed = servers.start("0:4", full.address, placement=Placement(1, 1, on_disk, here, here))
+    assert full.resident_bytes() - budget.resident_bytes() > 2 * layer  # three, but for noise
+    assert full.resident_bytes() - placed.resident_bytes() > layer  # it has two buffers
+    expected = write_plainly(model, PROMPT, 4)
+    for server in (budget, placed):
+        with Client(servers.model, full.address, settings=replace(QUICK, ban_seconds=60.0)) as client:
+            for other in {full.peer, budget.peer, placed.peer} - {server.peer}:
+                client.target.swarm.ban(other)
+            assert client.write(count=4) == expected
+            assert client.counters.round_trips == 4
 
 
 def test_eight_bits_halve_the_bytes_and_say_the_same(toy, three, client, plain):

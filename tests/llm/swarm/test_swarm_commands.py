@@ -69,7 +69,10 @@ def test_what_the_docs_show_works(toy, packed_cache, tmp_path):
         wait_until(lambda: status(address)["holes"] == [4, 5])
         about = json.loads("\n".join(lines(one)[1:]))
         assert (about["blocks"], about["of"], about["address"]) == ([0, 4], 6, address)
-        with joined(words(1, address), packed_cache) as (_, other):
+        with joined([*words(1, address), "--memory", "100kB"], packed_cache) as (two, other):
+            about = json.loads("\n".join(lines(two)[1:]))
+            assert about["resident_peak_bytes"] <= 100_000
+            assert about["weights"]["disk"] > 0
             wait_until(lambda: len(status(address)["servers"]) == 2)
             found = status(other)
             assert found["holes"] == []
@@ -147,6 +150,8 @@ def test_blocks_are_written_as_a_span_or_a_number():
     [
         (("llm", "swarm", "join", "TOY", "--blocks", "4:9"), "has blocks 0:6"),
         (("llm", "swarm", "join", "nowhere"), "there is no language model"),
+        (("llm", "swarm", "join", "TOY", "--memory", "9kB"), "9000 bytes of memory are too few"),
+        (("llm", "swarm", "join", "TOY", "--bits", "5"), "held in 5 bits: choose 2, 3, 4 or 8"),
         (("llm", "swarm", "status", "--peer", "nonsense"), "cannot join the swarm at nonsense"),
         (("llm", "generate", "a", "--model", "TOY", "--soft-prompt", "x"), "are of --swarm"),
         (("llm", "generate", "a", "--swarm", "x", "--memory", "1MB"), "a swarm holds the weights"),

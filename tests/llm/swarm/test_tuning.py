@@ -2,24 +2,27 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from language_toys import make_toy
+from language_toys import make_toy, write_plainly
 from swarm_toys import Servers
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.commands import pack_model
 from t2iprobe.llm.engine.decoder import Decoder
+from t2iprobe.llm.engine.generation import generate
 from t2iprobe.llm.memory.packing import read_rest
 from t2iprobe.llm.models import find_language_model, load_tokenizer, load_without_layers
 from t2iprobe.llm.swarm.blocks import Blocks, Ends, load_blocks
 from t2iprobe.llm.swarm.client import load_swarm_engine, tune_soft_prompt
 from t2iprobe.llm.swarm.registry import ModelKey
 from t2iprobe.llm.swarm.session import Settings, Swarm
+from t2iprobe.llm.swarm.taught import Adapters, SoftPrompt, load_taught, save_taught
 from t2iprobe.llm.swarm.training import LocalChain, Rows, SwarmChain, run_blocks
 from t2iprobe.llm.swarm.transport import Node
-from t2iprobe.llm.swarm.tuning import Adapters, Example, Tuning, example_loss, read_examples, tune
+from t2iprobe.llm.swarm.tuning import Example, Tuning, example_loss, read_examples, tune
 
 pytest.importorskip("hivemind")
 
@@ -166,10 +169,8 @@ def test_what_is_taught_through_the_swarm_is_what_is_taught_here(toy, served, tm
     with load_swarm_engine(
         str(toy), [served[0].address], "none", dtype="float32", soft_prompt=tmp_path / "1.safetensors"
     ) as engine:
-        from t2iprobe.llm.engine.generation import generate
-
         found = generate(engine.target, None, [prompt], max_new_tokens=8)[0].token_ids
-        model, rows = make_toy(layers=BLOCKS).float(), engine.target.prefix
+        model, rows = make_toy(layers=BLOCKS).float(), engine.target.taught.prompt
         text, expected = prompt, []
         for _ in range(8):
             hidden = torch.cat([rows, model.model.embed_tokens(text)])[None]
@@ -216,8 +217,90 @@ def test_examples_that_are_none_are_told_with_their_line(toy, tmp_path):
         read_examples(path, tokenizer)
 
 
+def write_with(model, adapters: Adapters, rows: torch.Tensor, prompt: torch.Tensor, count: int) -> list[int]:
+    """What a whole model writes behind a soft prompt, with hooks that change what enters its layers."""
+    hooks = [
+        model.model.layers[border].register_forward_pre_hook(
+            lambda _, args, border=border: (adapters(args[0], border), *args[1:])
+        )
+        for border in adapters.borders
+    ]
+    text = prompt
+    for _ in range(count):
+        hidden = torch.cat([rows, model.model.embed_tokens(text)])[None]
+        text = torch.cat([text, model(inputs_embeds=hidden).logits[0, -1:].argmax(-1)])
+    for hook in hooks:
+        hook.remove()
+    return text[len(prompt) :].tolist()
+
+
+def test_adapters_are_taught_through_the_swarm_and_written_with(toy, served, tmp_path):
+    """LoRA before each span: the losses of a whole model, then its text, also when trees are verified."""
+    examples, out = write_examples(tmp_path / "examples.jsonl"), tmp_path / "lora.safetensors"
+    how = Tuning(rows=0, rank=2, epochs=2, batch=12, learning_rate=0.02)
+    remote = tune_soft_prompt(
+        str(toy), examples, out, [served[0].address], how=how, dtype="float32", settings=QUICK
+    )
+    borders = remote["borders"]
+    assert borders[0] == 0
+    assert len(borders) >= 3  # no server holds all, and none both ends of a pair's
+    assert remote["held_out_loss_after"] < remote["held_out_loss_before"]
+    local = tune_soft_prompt(
+        str(toy), examples, tmp_path / "here", how=replace(how, borders=borders), dtype="float32"
+    )
+    for one, two in zip(local["losses"], remote["losses"], strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+    prompt, model = torch.tensor([7, 9, 20, 7, 9]), make_toy(layers=BLOCKS).float()
+    with load_swarm_engine(
+        str(toy), [served[0].address], "lookup", dtype="float32", soft_prompt=out, settings=QUICK
+    ) as engine:
+        adapters = engine.target.taught.adapters
+        assert all(up.abs().max() > 1e-3 for up in adapters.up)
+        found = generate(engine.target, engine.draft, [prompt], max_new_tokens=10)[0].token_ids
+        assert found == write_with(model, adapters, torch.zeros(0, 32), prompt, 10)
+        assert found != write_plainly(model, prompt, 10)
+
+
+def test_a_text_with_adapters_and_rows_survives_a_server(servers, toy, tmp_path):
+    """Borders inside a server's span cut it in two; what was read again is adapted, too."""
+    first = servers.start("0:6", dtype="float32")
+    pool = [first, servers.start("0:6", first.address, dtype="float32")]
+    rows, adapters = start_prompt(), Adapters(32, 2, [0, 4], torch.float32, seed=2)
+    for up in adapters.up:
+        up.data.normal_(std=0.2, generator=torch.Generator().manual_seed(3))
+    files, out = find_language_model(str(toy)), tmp_path / "both.safetensors"
+    key = ModelKey.of(files, pack_model(files, "float32"))
+    save_taught(out, SoftPrompt(rows), adapters, key, {})
+    prompt = torch.tensor([7, 9, 20])
+    addresses = [each.address for each in pool]
+    with load_swarm_engine(
+        str(toy), addresses, "none", dtype="float32", soft_prompt=out, settings=QUICK
+    ) as engine:
+        written: list[int] = []
+
+        def kill(_: int, new) -> None:
+            written.extend(new)
+            if len(written) == 4:
+                spans.extend((link.hop.first, link.hop.last) for link in caches[0]._links)
+                used = caches[0]._links[0].hop.peer
+                next(each for each in pool if each.peer == used).send(signal.SIGKILL)
+
+        caches, spans, make = [], [], engine.target.new_cache
+        engine.target.new_cache = lambda *args: caches.append(make(*args)) or caches[-1]
+        expected = write_with(make_toy(layers=BLOCKS).float(), adapters, rows, prompt, 10)
+        found = generate(engine.target, None, [prompt], max_new_tokens=10, on_tokens=kill)[0].token_ids
+        assert found == expected
+        assert spans == [(0, 4), (4, 6)]
+        assert engine.target.swarm.counters.reroutes >= 1
+
+
 def test_a_soft_prompt_of_another_model_is_refused(toy, served, tmp_path):
     other = tmp_path / "no.safetensors"
     other.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="nothing is taught"):
+        tune(make_ends(toy), None, EXAMPLES, Tuning(rows=0))
+    save_taught(other.with_name("another"), SoftPrompt(start_prompt()), None, ModelKey("x", "", None, 6), {})
+    with pytest.raises(UserError, match="was taught to"):
+        load_taught(other.with_name("another"), ModelKey("y", "", None, 6, "toy"))
     with pytest.raises(UserError, match="is no soft prompt"):
         load_swarm_engine(str(toy), [served[0].address], "none", dtype="float32", soft_prompt=other)
