@@ -172,14 +172,20 @@ def filter_rows(
     ] = False,
     field: Field = "text",
     longest_line: Longest = 64 << 20,
+    processes: Processes = 1,
+    cluster: Cluster = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the rows that a recipe keeps. What stays depends on the signals alone."""
     from t2iprobe.llm.corpus.documents import Source
     from t2iprobe.llm.corpus.filters import filter_file, load_recipe
 
-    rules = load_recipe(recipe)
-    found = filter_file(Source.open(documents, field, longest_line), signals, rules, out)
+    rules, source = load_recipe(recipe), Source.open(documents, field, longest_line)
+    execute = _executor(processes, cluster)
+    found = _stream(
+        "bytes",
+        lambda show: filter_file(source, signals, rules, out, report=report, execute=execute, show=show),
+    )
     cut = f", {found['lines_cut']} lines cut" if rules.lines else ""
     text = f"{found['kept']} of {found['rows']} rows{cut}{_aside(found)} → {out}"
     print_found(found, as_json, f"{_describe_rules(found)}\n{text}" if report else text)

@@ -1,6 +1,7 @@
 """The same stages on a cluster, by Ray Data: every machine reads its own chunks, the output is the same."""
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,22 +21,24 @@ def on_ray(address: str) -> Executor:
     import_ray()
 
     def execute(stage: Stage, source: Source, chunks: Iterator[Chunk]) -> Iterator[Made]:
-        if source.path.suffix == ".gz":
+        if source.zipped:
             raise UserError(
                 f"{source.path} is zipped as a whole, and cannot be read from the middle: unzip it"
             )
         connect(address)
         from ray import data
 
-        places = [{"line": place.line, "byte": place.byte} for place in _places(source, chunks)]
+        places = [chunk.begin._asdict() for chunk in chunks]
         if not places:
             return
         data.DataContext.get_current().execution_options.preserve_order = True
         begins: Any = data.from_items(places, override_num_blocks=len(places))
         rows = begins.map(_work_at, fn_kwargs={"stage": stage, "source": source})
         for row in rows.iter_rows():
+            if row["mistake"]:
+                raise pickle.loads(row["mistake"])
             yield Made(
-                Position(row["line"], row["byte"]),
+                Position(row["line"], row["byte"], row["beside"]),
                 row["output"],
                 [Rejected(*each) for each in json.loads(row["rejected"])],
                 Counter(json.loads(row["counts"])),
@@ -44,23 +47,16 @@ def on_ray(address: str) -> Executor:
     return execute
 
 
-def _places(source: Source, chunks: Iterator[Chunk]) -> Iterator[Position]:
-    """Yield where each chunk begins."""
-    begin: int | None = None
-    for chunk in chunks:
-        if begin is None:
-            begin = chunk.end.byte - sum(map(len, chunk.lines)) if chunk.end.byte else 0
-        yield Position(chunk.first, begin)
-        begin = chunk.end.byte
-
-
 def _work_at(place: dict[str, Any], stage: Stage, source: Source) -> dict[str, Any]:
-    chunk = next(source.read(Position(place["line"], place["byte"])))
-    made = work(stage, source, chunk)
+    chunk, mistake = next(source.read(Position(**place))), b""
+    try:
+        made = work(stage, source, chunk)
+    except UserError as error:  # Ray would wrap it
+        made, mistake = Made(chunk.end, b"", [], Counter()), pickle.dumps(error)
     return {
-        "line": made.end.line,
-        "byte": made.end.byte,
+        **made.end._asdict(),
         "output": made.output,
         "rejected": json.dumps(made.rejected),
         "counts": json.dumps(made.counts),
+        "mistake": mistake,
     }

@@ -17,31 +17,39 @@ LONGEST_LINE = 64 << 20
 
 
 class Position(NamedTuple):
-    """Where reading goes on: the next line's number from 0, and its first byte (of plain files)."""
+    """Where reading goes on: the next line's number from 0, its byte (of plain files), `Pairs`' other."""
 
     line: int = 0
     byte: int = 0
+    beside: int = 0
 
 
 START = Position()
 
 
 class Chunk(NamedTuple):
-    """Lines in a row, the first one's number from 0, and the position behind them."""
+    """Lines in a row, where they begin and end, and what `Pairs` has beside their rows."""
 
-    first: int
+    begin: Position
     lines: list[bytes]
     end: Position
+    beside: tuple[bytes, ...] = ()
+
+    @property
+    def first(self) -> int:
+        """Return the first line's number from 0."""
+        return self.begin.line
 
 
 class Row(NamedTuple):
-    """A row that was read: its number, its id, its text, its other fields, the line as it stood."""
+    """A row that was read: its number, id, text, other fields, the line as it stood, and the one beside."""
 
     number: int
     id: str
     text: str
     fields: dict[str, Any]
     line: bytes
+    beside: bytes = b""
 
 
 class Rejected(NamedTuple):
@@ -93,35 +101,40 @@ class Source:
         return digest.hexdigest()
 
     @property
+    def zipped(self) -> bool:
+        """Tell whether it cannot be read from the middle."""
+        return self.path.suffix == ".gz"
+
+    @property
     def prefix(self) -> str:
         """Return what the ids of rows without one begin with: the file's name."""
         return self.path.name
 
     def read(self, start: Position = START) -> Iterator[Chunk]:
         """Yield the lines from `start` on, in chunks that are the same wherever reading starts."""
-        first, byte, lines, size = start.line, start.byte, [], 0
-        for number, line, after in self._read_lines(start):
+        begin, end, lines, size = start, start, [], 0
+        for number, line, byte in self._read_lines(start):
             lines.append(line)
             size += len(line)
-            byte = after
+            end = Position(number + 1, byte)
             if len(lines) >= (self.chunk_lines or CHUNK_LINES) or size >= CHUNK_BYTES:
-                yield Chunk(first, lines, Position(number + 1, byte))
-                first, lines, size = number + 1, [], 0
+                yield Chunk(begin, lines, end)
+                begin, lines, size = end, [], 0
         if lines:
-            yield Chunk(first, lines, Position(first + len(lines), byte))
+            yield Chunk(begin, lines, end)
 
     def _read_lines(self, start: Position) -> Iterator[tuple[int, bytes, int]]:
         if self.form == "parquet":
             yield from self._read_parquet(start)
             return
         try:
-            with self._open() as file:
-                if self.path.suffix == ".gz":
+            with self.open_file() as file:
+                if self.zipped:
                     for _ in range(start.line):
                         _read_line(file, self.longest)
                 else:
                     file.seek(start.byte)
-                number, byte = start
+                number, byte = start.line, start.byte
                 while True:
                     line, length = _read_line(file, self.longest)
                     if not length:
@@ -132,7 +145,8 @@ class Source:
         except (OSError, EOFError) as error:
             raise UserError(f"cannot read {self.path}: {error}") from None
 
-    def _open(self) -> IO[bytes]:
+    def open_file(self) -> IO[bytes]:
+        """Open the file, unzipped."""
         return gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb")  # type: ignore[return-value]
 
     def _read_parquet(self, start: Position) -> Iterator[tuple[int, bytes, int]]:

@@ -1,10 +1,10 @@
 """Filters as data: a recipe of rules over signals keeps or drops each row, and says which rule and why."""
 
-import json
 import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.corpus.documents import Row, Source, number_of
+from t2iprobe.llm.corpus.pairs import Pairs, SignalsError, read_signals
 from t2iprobe.llm.corpus.signals import Signals
-from t2iprobe.llm.corpus.streaming import dump_lines
-from t2iprobe.storage import explain_full_disk, open_exclusively
+from t2iprobe.llm.corpus.streaming import Executor, Show, discard, dump_lines, in_this_process, stream
 
 _EXAMPLES = 3
 _FOLDER = Path(__file__).parent / "recipes"
@@ -130,104 +130,138 @@ def passes(rule: Rule, value: float | None, least: float | None = None) -> bool:
     return (rule.min is None or value >= rule.min) and (rule.max is None or value <= rule.max)
 
 
-@dataclass
-class Removed:
-    """What a rule removed: rows, those that no other rule would have, and examples of these rows."""
+@dataclass(frozen=True)
+class Filtering:
+    """The stage that keeps rows: a line out for each that breaks no rule, as it stood or with lines cut.
 
-    rows: int = 0
-    alone: int = 0
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    signals: their file, which messages name. form, field: of the texts. least: for each rule the lowest value
+    that keep_top leaves (`find_least`).
+    """
+
+    recipe: Recipe
+    signals: Path
+    form: str
+    field: str
+    least: tuple[float | None, ...]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What is kept depends on."""
+        return {"recipe": self.recipe.model_dump(mode="json")}
+
+    def process(self, rows: Sequence[Row]) -> tuple[list[bytes], Counter[str]]:
+        """Return the lines that stay, and how many rows each rule removes, and removes alone."""
+        lines = []
+        counts: Counter[str] = Counter(kept=0, lines_cut=0, without_lines=0)
+        for row in rows:
+            found = self.read(row)
+            broken = self.find_broken(row, found)
+            for place, _ in broken:
+                counts[f"removed by {place}"] += 1
+                counts[f"removed by {place} alone"] += len(broken) == 1
+            if not broken and (line := self._cut(row, found, counts)) is not None:
+                counts["kept"] += 1
+                lines.append(line)
+        return lines, counts
+
+    def read(self, row: Row) -> Signals:
+        """Return a row's signals. Raises SignalsError where the line beside it is another's."""
+        name, found = read_signals(row.beside, self.signals) if row.beside else ("nothing", {})
+        if name != row.id:
+            raise SignalsError(
+                f"{self.signals} has {name} where line {row.number + 1} of the texts is {row.id}: "
+                "it is not of this file"
+            )
+        return found
+
+    def find_broken(self, row: Row, found: Signals) -> list[tuple[int, float | None]]:
+        """Return the places of the rules that a row breaks, and the values that do."""
+        values = [_draw(rule, _measure(rule, found, self.signals), row.id) for rule in self.recipe.rules]
+        return [
+            (place, value)
+            for place, (rule, value, least) in enumerate(
+                zip(self.recipe.rules, values, self.least, strict=True)
+            )
+            if not passes(rule, value, least)
+        ]
+
+    def _cut(self, row: Row, found: Signals, counts: Counter[str]) -> bytes | None:
+        """Return the line to write: as it stood, or without the lines of its text that break a rule."""
+        as_it_stood = row.line if row.line.endswith(b"\n") else row.line + b"\n"
+        broken: set[tuple[int, int]] = set()
+        spans: list[tuple[int, int]] = []
+        for rule in self.recipe.lines:
+            _measure(rule, found, self.signals)  # the signal is there
+            spans = [(start, end) for start, end, _ in found[rule.signal]]
+            broken |= {(start, end) for start, end, score in found[rule.signal] if not passes(rule, score)}
+        counts["lines_cut"] += len(broken)
+        if not broken:
+            return as_it_stood
+        text = "".join(row.text[start:end] for start, end in spans if (start, end) not in broken)
+        if not text.strip():
+            counts["without_lines"] += 1
+            return None
+        return text.encode() if self.form == "txt" else dump_lines([{**row.fields, self.field: text}])
 
 
-def filter_file(source: Source, signals: Path, recipe: Recipe, out: Path) -> dict[str, Any]:
+def filter_file(
+    source: Source,
+    signals: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    report: bool = False,
+    execute: Executor = in_this_process,
+    show: Show = lambda done, total: None,
+) -> dict[str, Any]:
     """Write the rows that a recipe keeps to `out`, as they stand; what stays depends on `signals` alone.
 
-    `out` is whole or absent. Where the recipe has rules for lines, the lines that break one are cut out of a
-    row's text in `out`, and a row without any left is dropped.
+    `out` is whole or absent, and a run that was stopped goes on (see `stream`). Where the recipe has rules
+    for lines, the lines that break one are cut out of a row's text in `out`, and a row without any left is
+    dropped. With report the rows are read once more, until each rule has examples of what it removed.
 
-    Returns rows, kept, rejected, cut lines, and for each rule what it removed, with examples.
-    Raises UserError where `signals` is not of this file, or lacks a signal that a rule needs.
+    Returns rows, kept, rejected, cut lines, and for each rule what it removed.
+    Raises SignalsError where `signals` is not of this file, or lacks a signal that a rule needs.
     """
-    least = [_find_least(rule, signals) for rule in recipe.rules]
-    removed = [Removed() for _ in recipe.rules]
-    counts = {"rows": 0, "kept": 0, "rejected": 0, "lines_cut": 0, "without_lines": 0}
-    partial = out.with_name(f"{out.name}.partial")
-    aside = out.with_name(f"{out.name}.rejected.jsonl")
-    if out.resolve() in (source.path.resolve(), signals.resolve()) or out.is_dir():
-        raise UserError(f"{out} is an input or a folder: write elsewhere")
-    rejects = bytearray()
-    with open_exclusively(partial) as file, explain_full_disk(out):
-        try:
-            file.truncate(0)
-            for row, found in _pair(source, signals, counts, rejects):
-                broken = []
-                for place, rule in enumerate(recipe.rules):
-                    value = _draw(rule, _measure(rule, found, signals), row.id)
-                    if not passes(rule, value, least[place]):
-                        broken.append((place, value))
-                for place, value in broken:
-                    _note(removed[place], row, value, alone=len(broken) == 1)
-                if not broken and (line := _cut(row, source, recipe, found, signals, counts)) is not None:
-                    counts["kept"] += 1
-                    file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, out)
-            aside.unlink(missing_ok=True)
-            if rejects:
-                aside.write_bytes(rejects)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    return {
-        "out": str(out),
-        **counts,
-        **({"rejected_file": str(aside)} if rejects else {}),
-        "rules": [
-            {"rule": str(rule), "removed": each.rows, "removed_alone": each.alone, "examples": each.examples}
-            for rule, each in zip(recipe.rules, removed, strict=True)
-        ],
-    }
+    if out.resolve() == signals.resolve():
+        raise UserError(f"{out} is an input: write elsewhere")
+    pairs = Pairs.join(source, signals)
+    least = tuple(find_least(rule, signals) for rule in recipe.rules)
+    stage = Filtering(recipe, signals, source.form, source.field, least)
+    try:
+        found = stream(stage, pairs, out, execute=execute, show=show)
+    except SignalsError:
+        discard(out)
+        raise
+    rules = []
+    for place, rule in enumerate(recipe.rules):
+        removed, alone = (found.pop(f"removed by {place}{end}", 0) for end in ("", " alone"))
+        rules.append({"rule": str(rule), "removed": removed, "removed_alone": alone})
+    if report:
+        wanted = [min(_EXAMPLES, row["removed"]) for row in rules]
+        for row, examples in zip(rules, find_examples(stage, pairs, wanted), strict=True):
+            row["examples"] = examples
+    return found | {"rules": rules}
 
 
-def _pair(
-    source: Source, signals: Path, counts: dict[str, int], rejects: bytearray
-) -> Iterator[tuple[Row, Signals]]:
-    """Yield each row with its signals."""
-    annotated = _read_signals(signals)
-    for chunk in source.read():
-        rows, rejected = source.parse(chunk)
-        counts["rejected"] += len(rejected)
-        rejects += dump_lines(each._asdict() for each in rejected)
-        for row in rows:
-            name, found = next(annotated, ("nothing", {}))
-            if name != row.id:
-                raise UserError(
-                    f"{signals} has {name} where line {row.number + 1} of {source.path} is {row.id}: "
-                    "it is not of this file"
-                )
-            counts["rows"] += 1
-            yield row, found
-    if (left := next(annotated, None)) is not None:
-        raise UserError(f"{signals} goes on with {left[0]} behind the end of {source.path}")
-
-
-def _read_signals(path: Path) -> Iterator[tuple[str, Signals]]:
-    source = Source.open(path)
-    for chunk in source.read():
-        for number, line in enumerate(chunk.lines, chunk.first + 1):
-            try:
-                row = json.loads(line)
-                yield row["id"], row["quality_signals"]
-            except (ValueError, LookupError, TypeError):
-                raise UserError(f"{path}, line {number} is no row of corpus signals") from None
+def find_examples(stage: Filtering, pairs: Pairs, wanted: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """Return the first rows that each rule removes, as many as are wanted, and the values that break it."""
+    examples: list[list[dict[str, Any]]] = [[] for _ in wanted]
+    for chunk in pairs.read():
+        if [len(each) for each in examples] == list(wanted):
+            break
+        for row in pairs.parse(chunk)[0]:
+            for place, value in stage.find_broken(row, stage.read(row)):
+                if len(examples[place]) < wanted[place]:
+                    examples[place].append({"id": row.id, "value": value, "text": row.text[:100]})
+    return examples
 
 
 def _measure(rule: Rule, found: Signals, signals: Path) -> float | None:
     try:
         return measure(rule, found)
     except KeyError as error:
-        raise UserError(
+        raise SignalsError(
             f"{signals} has no signal {error.args[0]}{suggest(error.args[0], found)}, which the rule "
             f"{str(rule)!r} needs"
         ) from None
@@ -241,43 +275,17 @@ def _draw(rule: Rule, value: float | None, name: str) -> float | None:
     return value - math.log(-math.log(uniform))
 
 
-def _find_least(rule: Rule, signals: Path) -> float | None:
+def find_least(rule: Rule, signals: Path) -> float | None:
     """Return the lowest value that a rule of the highest share keeps: a pass over the signals."""
     if rule.keep_top is None:
         return None
-    values = []
-    for name, found in _read_signals(signals):
-        if (value := _draw(rule, _measure(rule, found, signals), name)) is not None:
-            values.append(value)
+    values = array("d")  # eight bytes a row are all that is held of them
+    for chunk in Source.open(signals).read():
+        for line in chunk.lines:
+            name, found = read_signals(line, signals)
+            if (value := _draw(rule, _measure(rule, found, signals), name)) is not None:
+                values.append(value)
     if not values:
         return None
     keep = max(1, round(rule.keep_top * len(values)))
     return float(np.partition(np.array(values), len(values) - keep)[len(values) - keep])
-
-
-def _note(removed: Removed, row: Row, value: float | None, alone: bool) -> None:
-    removed.rows += 1
-    removed.alone += alone
-    if len(removed.examples) < _EXAMPLES:
-        removed.examples.append({"id": row.id, "value": value, "text": row.text[:100]})
-
-
-def _cut(
-    row: Row, source: Source, recipe: Recipe, found: Signals, signals: Path, counts: dict[str, int]
-) -> bytes | None:
-    """Return the line to write: as it stood, or without the lines of its text that break a rule."""
-    as_it_stood = row.line if row.line.endswith(b"\n") else row.line + b"\n"
-    broken: set[tuple[int, int]] = set()
-    spans: list[tuple[int, int]] = []
-    for rule in recipe.lines:
-        _measure(rule, found, signals)  # the signal is there
-        spans = [(start, end) for start, end, _ in found[rule.signal]]
-        broken |= {(start, end) for start, end, score in found[rule.signal] if not passes(rule, score)}
-    counts["lines_cut"] += len(broken)
-    if not broken:
-        return as_it_stood
-    text = "".join(row.text[start:end] for start, end in spans if (start, end) not in broken)
-    if not text.strip():
-        counts["without_lines"] += 1
-        return None
-    return text.encode() if source.form == "txt" else dump_lines([{**row.fields, source.field: text}])

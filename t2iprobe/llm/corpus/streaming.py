@@ -139,6 +139,12 @@ def stream(
     return found | ({"rejected_file": str(aside)} if state.set_aside else {})
 
 
+def discard(out: Path) -> None:
+    """Delete what `stream` has of a file that will never be whole."""
+    for ending in (".partial", ".partial.json", ".rejected.jsonl"):
+        out.with_name(out.name + ending).unlink(missing_ok=True)
+
+
 def _write(
     stage: Stage,
     source: Source,

@@ -11,6 +11,7 @@ from t2iprobe.llm.corpus.annotation import Annotation
 from t2iprobe.llm.corpus.cluster import on_ray
 from t2iprobe.llm.corpus.dedup import deduplicate
 from t2iprobe.llm.corpus.documents import CHUNK_LINES, Source
+from t2iprobe.llm.corpus.filters import Recipe, Rule, filter_file
 from t2iprobe.llm.corpus.streaming import stream
 
 pytestmark = [
@@ -44,6 +45,16 @@ def test_ray_writes_the_same(tmp_path: Path) -> None:
     for name, more in (("alone", {}), ("ray", {"execute": on_ray("local")})):
         deduplicate(source, tmp_path / f"{name}.kept", **more)
     assert (tmp_path / "ray.kept").read_bytes() == (tmp_path / "alone.kept").read_bytes()
+
+    recipe = Recipe(rules=(Rule(signal="rps_doc_unigram_entropy", keep_top=0.5, gumbel=True),))
+    for name, more in (("alone", {}), ("ray", {"execute": on_ray("local")})):
+        filter_file(source, tmp_path / "alone.jsonl", recipe, tmp_path / f"{name}.filtered", **more)
+    assert (tmp_path / "ray.filtered").read_bytes() == (tmp_path / "alone.filtered").read_bytes()
+    signals = tmp_path / "other.jsonl"
+    signals.write_bytes(b"".join((tmp_path / "alone.jsonl").read_bytes().splitlines(True)[1:]))
+    with pytest.raises(UserError, match=r"has in\.jsonl/1 where line 1 of the texts is in\.jsonl/0"):
+        filter_file(source, signals, recipe, tmp_path / "no.filtered", execute=on_ray("local"))
+    assert not list(tmp_path.glob("no.filtered*"))
 
 
 def test_zipped_files_are_refused(tmp_path: Path) -> None:

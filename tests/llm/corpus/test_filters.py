@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from t2iprobe.errors import UserError
-from t2iprobe.llm.corpus.documents import Source
+from t2iprobe.llm.corpus import documents
+from t2iprobe.llm.corpus.annotation import Annotation
+from t2iprobe.llm.corpus.documents import Chunk, Source
 from t2iprobe.llm.corpus.filters import (
     Recipe,
     Rule,
@@ -18,6 +21,7 @@ from t2iprobe.llm.corpus.filters import (
     measure,
     passes,
 )
+from t2iprobe.llm.corpus.streaming import Made, Stage, in_processes, stream, work
 
 SIGNALS = {"words": [[0, 9, 12]], "lines": [[0, 4, 1.0], [4, 9, 0.0]], "spans": [], "none": [[0, 9, None]]}
 
@@ -66,7 +70,7 @@ def test_rows_stay_as_they_stand_and_the_report_adds_up(tmp_path: Path) -> None:
         [document(x=1, y=1), document(x=5, y=1), document(x=5, y=9), document(x=1, y=None)],
     )  # fmt: skip
     recipe = Recipe(rules=(Rule(signal="x", max=3), Rule(signal="y", max=3)))
-    found = filter_file(source, signals, recipe, tmp_path / "out")
+    found = filter_file(source, signals, recipe, tmp_path / "out", report=True)
 
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes().splitlines(True)[0]
     assert (found["rows"], found["kept"]) == (4, 1)
@@ -117,6 +121,53 @@ def test_lines_that_break_a_rule_are_cut_out_of_the_copy(tmp_path: Path) -> None
     assert source.path.read_bytes() == before
 
 
+def test_processes_and_a_stopped_run_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_LINES", 7)
+    lines = [
+        json.dumps({"text": "A fox runs.\nbuy\n" + " in the snow" * (number % 9)}) for number in range(90)
+    ]
+    lines[3], lines[20], lines[21] = "{", '["text"]', "   "
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    source, signals = Source.open(tmp_path / "in.jsonl"), tmp_path / "signals.jsonl.gz"
+    stream(Annotation(captions=False), source, signals)
+    recipe = Recipe(
+        rules=(
+            Rule(signal="rps_doc_word_count", min=6, max=20),
+            Rule(signal="rps_doc_unigram_entropy", keep_top=0.6, gumbel=True),
+        ),
+        lines=(Rule(signal="rps_lines_num_words", min=2),),
+    )
+    whole = filter_file(source, signals, recipe, tmp_path / "whole.jsonl", report=True)
+    four = filter_file(source, signals, recipe, tmp_path / "four.jsonl", report=True, execute=in_processes(4))
+    begun: list[int] = []
+
+    def stop(stage: Stage, source: Source, chunks: Iterator[Chunk]) -> Iterator[Made]:
+        for place, chunk in enumerate(chunks):
+            if place == 4:
+                raise KeyboardInterrupt
+            begun.append(chunk.first)
+            yield work(stage, source, chunk)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            filter_file(source, signals, recipe, tmp_path / "stopped.jsonl", execute=stop)
+    with pytest.raises(UserError, match="begun with another recipe"):
+        filter_file(source, signals, load_recipe("c4"), tmp_path / "stopped.jsonl")
+    gone_on = filter_file(source, signals, recipe, tmp_path / "stopped.jsonl", report=True)
+
+    assert begun == list(range(0, 56, 7))
+    assert 10 < whole["kept"] < 60
+    assert whole["lines_cut"] == whole["kept"]
+    assert all(len(rule["examples"]) == 3 for rule in whole["rules"])
+    for found in (four, gone_on):
+        assert Path(found["out"]).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        rejected = [Path(each["rejected_file"]).read_bytes() for each in (found, whole)]
+        assert rejected[0] == rejected[1]
+        names = ("out", "rejected_file")
+        assert {**found, **dict.fromkeys(names)} == {**whole, **dict.fromkeys(names)}
+    assert not list(tmp_path.glob("*.partial*"))
+
+
 def test_signals_of_another_file_are_refused(tmp_path: Path) -> None:
     source, signals = write(tmp_path, ["a", "b"], [document(x=1), document(x=1)])
     recipe = Recipe(rules=(Rule(signal="x", max=3),))
@@ -125,7 +176,8 @@ def test_signals_of_another_file_are_refused(tmp_path: Path) -> None:
         (lines[1] + lines[0], "has r1 where line 1"),
         (lines[0], "has nothing where line 2"),
         ("".join(lines) + lines[0], "goes on with r0"),
-        (lines[0] + "{}\n", "line 2 is no row of corpus signals"),
+        (lines[0] + "{}\n", "a line that is no row of corpus signals: {}"),
+        ("".join(lines) + "{\n", "a line that is no row of corpus signals: {"),
     ):
         signals.write_text(content)
         with pytest.raises(UserError, match=message):

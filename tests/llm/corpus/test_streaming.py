@@ -1,5 +1,6 @@
 """One file to another: the same from any number of processes, after a kill, with broken lines set aside."""
 
+import contextlib
 import fcntl
 import gzip
 import json
@@ -19,6 +20,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.llm.corpus import documents
 from t2iprobe.llm.corpus.annotation import Annotation
 from t2iprobe.llm.corpus.documents import Chunk, Position, Row, Source
+from t2iprobe.llm.corpus.pairs import Pairs
 from t2iprobe.llm.corpus.streaming import Made, Stage, in_processes, stream, work
 
 PLAIN = Annotation(captions=False)
@@ -195,6 +197,20 @@ def test_huge_lines_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sum(map(len, chunk.lines)) < 1100
     assert [row.text for row in source.parse(chunk)[0]] == ["after"]
     assert chunk.end == Position(2, path.stat().st_size)
+
+
+def test_a_chunk_is_read_again_from_where_it_begins(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 40).read_bytes().splitlines(True)
+    rows[2] = rows[9] = rows[16] = b'{"text": "' + b"x" * 5000 + b'"}\n'
+    (tmp_path / "in.jsonl").write_bytes(b"".join(rows))
+    source = Source.open(tmp_path / "in.jsonl", longest=1000)
+    for each in (source, Pairs.join(source, tmp_path / "rows.jsonl")):
+        found = []
+        with contextlib.suppress(UserError):  # the signals go on behind the end: three lines are no rows
+            for chunk in each.read():
+                found.append(chunk)
+        assert [chunk.first for chunk in found] == [0, 7, 14, 21, 28, 35]
+        assert [next(each.read(chunk.begin)) for chunk in found] == found
 
 
 def test_lines_of_text_and_parquet_are_rows_too(tmp_path: Path) -> None:
