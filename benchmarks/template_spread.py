@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t2iprobe.errors import UserError
 from t2iprobe.llm.labelled_data import load_labelled
 from t2iprobe.llm.models import (
@@ -70,56 +72,61 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tabulate(found: dict[str, Any]) -> list[str]:
-    """Return the tables as lines of Markdown: a row for each run of each model."""
-    lines: list[str] = []
+    """Return the table as lines of Markdown: a row a setting of the first model, the others behind."""
+    first, *others = dict.fromkeys(run["model"] for results in found.values() for run in results["runs"])
+    columns = ("data", "method", "shots", "mean", "sd", "least to most", "ensemble", "sd", "gain")
+    columns += tuple(column for other in others for column in (f"{Path(other).name}'s mean", "sd", "ρ"))
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, results in found.items():
-        models = list(dict.fromkeys(run["model"] for run in results["runs"]))
-        lines += [
-            f"{name}: {results['texts']} texts, chance {results['chance']:.3f}, the most frequent label "
-            f"{results['majority']:.3f}",
-            "",
-            "| model | method | shots | mean | sd | least to most | ensemble | its sd | gain | ρ |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        first = {key(run): run["scores"] for run in results["runs"] if run["model"] == models[0]}
+        scores = {(run["model"], run["method"], run["shots"]): run["scores"] for run in results["runs"]}
         for run, grown in zip(results["runs"], results["ensembles"], strict=True):
-            spread, most = describe_spread(run["scores"]), grown["sizes"][-1]
-            low, high = most["gain"]["interval"] or (float("nan"),) * 2
-            rho = "–" if run["model"] == models[0] else show_rank(run["scores"], first[key(run)])
-            cells = (
-                *(Path(run["model"]).name, run["method"], run["shots"]),
-                *(f"{value:.3f}" for value in (spread["mean"], spread["sd"])),
-                f"{spread['min']:.3f} to {spread['max']:.3f}",
-                *(f"{value:.3f}" for value in (most["mean"], most["sd"])),
-                *(f"{most['gain']['value']:+.3f} [{low:+.3f}, {high:+.3f}]", rho),
-            )
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        ranks = [(row["method"], row["templates_between_models"]["spearman"]) for row in results["ranks"]]
-        told = [f"{method} {rho:.2f}" for method, rho in ranks if rho is not None]
-        moved = [
-            f"{row['method']} → {row['other']} {value:.2f}"
-            for row in results["transfer"]
-            for value in [row.get(results["data"])]
-            if value is not None
-        ]
-        lines += ["", f"ρ of templates between models: {', '.join(told) or '–'}"]
-        lines += [f"ρ of templates between methods: {', '.join(moved) or '–'}", ""]
+            if run["model"] == first:
+                others_scores = [scores[other, run["method"], run["shots"]] for other in others]
+                cells = [
+                    Path(name).stem,
+                    run["method"],
+                    run["shots"],
+                    *show_run(run["scores"], grown["sizes"][-1]),
+                ]
+                cells += [cell for each in others_scores for cell in show_other(run["scores"], each)]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    for name, results in found.items():
+        lines += ["", describe(Path(name).stem, results)]
     return lines
 
 
-def key(run: dict[str, Any]) -> tuple[str, int]:
-    """Return what two models' runs have in common."""
-    return run["method"], run["shots"]
+def show_run(scores: list[float], grown: dict[str, Any]) -> tuple[str, ...]:
+    """Return accuracy over templates, and that of the largest ensembles with what they gain."""
+    spread, gain = describe_spread(scores), grown["gain"]
+    low, high = gain["interval"] or (float("nan"),) * 2
+    return (
+        *(f"{value:.3f}" for value in (spread["mean"], spread["sd"])),
+        f"{spread['min']:.3f} to {spread['max']:.3f}",
+        *(f"{value:.3f}" for value in (grown["mean"], grown["sd"])),
+        f"{gain['value']:+.3f} [{low:+.3f}, {high:+.3f}]",
+    )
 
 
-def show_rank(scores: list[float], others: list[float]) -> str:
-    """Return Spearman's ρ, – where one of them is constant."""
-    rho = correlate_ranks(scores, others)[0]
-    return f"{rho:.2f}" if rho == rho else "–"
+def show_other(scores: list[float], others: list[float]) -> tuple[str, ...]:
+    """Return another model's accuracy over the same templates, and the rank correlation, – without one."""
+    spread, rho = describe_spread(others), correlate_ranks(scores, others)[0]
+    return f"{spread['mean']:.3f}", f"{spread['sd']:.3f}", f"{rho:.2f}" if np.isfinite(rho) else "–"
+
+
+def describe(name: str, results: dict[str, Any]) -> str:
+    """Say what a data set holds, and how well templates' ranks agree."""
+    between = {row["method"]: row["templates_between_models"]["spearman"] for row in results["ranks"]}
+    moved = {f"{row['method']} → {row['other']}": row.get(results["data"]) for row in results["transfer"]}
+    ranks = [f"{key} {rho:.2f}" for key, rho in {**between, **moved}.items() if rho is not None]
+    return (
+        f"{name}: {results['texts']} texts, chance {results['chance']:.3f}, the most frequent label "
+        f"{results['majority']:.3f}; ρ of templates between models and between methods: "
+        f"{', '.join(ranks) or '–'}"
+    )
 
 
 def main(words: list[str] | None = None) -> int:
-    """Print the tables. Returns the exit code."""
+    """Print the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", action="append", help="by default the packaged one and its student")
     parser.add_argument("--data", default="vader,bbc,wordnet")

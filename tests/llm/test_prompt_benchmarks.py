@@ -87,11 +87,12 @@ def test_template_spread_compares_models(
     table = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())[str(data)]
     assert len(found["runs"]) == 12
-    assert sum(line.startswith(("| toy |", "| other |")) for line in table.splitlines()) == 12
-    run, grown = found["runs"][7], found["ensembles"][7]["sizes"][1]
-    assert run["model"] == str(other)
-    assert f"| other | channel | 0 | {sum(run['scores']) / 4:.3f} |" in table
+    assert table.count("| own | ") == 6
+    run, grown, others = found["runs"][1], found["ensembles"][1]["sizes"][1], found["runs"][7]
+    assert (run["method"], others["method"], others["model"]) == ("channel", "channel", str(other))
+    assert f"| own | channel | 0 | {sum(run['scores']) / 4:.3f} |" in table
     assert f"{grown['mean']:.3f} | {grown['sd']:.3f} | {grown['gain']['value']:+.3f}" in table
+    assert f"] | {sum(others['scores']) / 4:.3f} |" in table
     assert benchmark.main(words) == 0
     assert capsys.readouterr().out == table
     assert benchmark.main(["--data", "vadr", *words[:4], "--work", str(tmp_path / "w")]) == 2
