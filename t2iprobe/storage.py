@@ -108,10 +108,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_output(path: Path) -> None:
+    """Raise UserError where a path is there and is no file: a rename would put one in a device's place."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no plain file'}")
+
+
 def write_output(path: Path, content: bytes) -> None:
     """Write a file that a person asked for. Raises UserError where that cannot be done."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
+    check_output(path)
     try:
         with explain_full_disk(path):
             write_atomically(path, content)

@@ -1,6 +1,7 @@
 import errno
 import io
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,10 @@ def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) ->
         write_output(tmp_path / "file" / "a.json", b"")
     with pytest.raises(UserError, match="cannot write .*: it is a folder"):
         write_output(tmp_path, b"")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="cannot write .*: it is no plain file"):
+        write_output(tmp_path / "pipe", b"")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_a_changed_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:

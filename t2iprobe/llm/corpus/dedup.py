@@ -31,7 +31,7 @@ from t2iprobe.llm.corpus.minhash import (
     sure_bands,
 )
 from t2iprobe.llm.corpus.signals import Document
-from t2iprobe.llm.corpus.streaming import Executor, Show, dump_lines, in_this_process, stream
+from t2iprobe.llm.corpus.streaming import Executor, Show, check_target, dump_lines, in_this_process, stream
 
 Kind = Literal["sha1", "rensa"]
 Numbers = NDArray[np.int64]
@@ -162,6 +162,7 @@ def deduplicate(
     Memory holds a few numbers for each text; fingerprints lie beside `out` meanwhile, and a run that was
     stopped goes on with them.
     """
+    check_target(source, out)
     cut = sure_bands(similarity) if bands == "sure" else published_bands(similarity)
     prints = out.with_name(f"{out.name}.fingerprints")
     stage = Fingerprints(size, cut, hasher)

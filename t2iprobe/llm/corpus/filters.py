@@ -16,7 +16,15 @@ from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.corpus.documents import Row, Source, number_of
 from t2iprobe.llm.corpus.pairs import Pairs, SignalsError, read_signals
 from t2iprobe.llm.corpus.signals import Signals
-from t2iprobe.llm.corpus.streaming import Executor, Show, discard, dump_lines, in_this_process, stream
+from t2iprobe.llm.corpus.streaming import (
+    Executor,
+    Show,
+    check_target,
+    discard,
+    dump_lines,
+    in_this_process,
+    stream,
+)
 
 _EXAMPLES = 3
 _FOLDER = Path(__file__).parent / "recipes"
@@ -223,9 +231,9 @@ def filter_file(
     Returns rows, kept, rejected, cut lines, and for each rule what it removed.
     Raises SignalsError where `signals` is not of this file, or lacks a signal that a rule needs.
     """
-    if out.resolve() == signals.resolve():
-        raise UserError(f"{out} is an input: write elsewhere")
     pairs = Pairs.join(source, signals)
+    for each in (pairs, pairs.signals):
+        check_target(each, out)
     least = tuple(find_least(rule, signals) for rule in recipe.rules)
     stage = Filtering(recipe, signals, source.form, source.field, least)
     try:

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.corpus.documents import START, Chunk, Position, Rejected, Row, Source
-from t2iprobe.storage import explain_full_disk, open_exclusively, write_atomically
+from t2iprobe.storage import check_output, explain_full_disk, open_exclusively, write_atomically
 
 STATE_SECONDS = 2.0  # how much work a kill can cost
 _AHEAD = 3  # chunks that wait for each process, so that none waits for the writer
@@ -121,10 +121,7 @@ def stream(
     settings = {"input": source.fingerprint, **stage.settings}
     partial, aside = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.rejected.jsonl")
     beside = out.with_name(f"{out.name}.partial.json")
-    if out.is_dir():
-        raise UserError(f"cannot write {out}: it is a folder")
-    if source.path.resolve() == out.resolve():
-        raise UserError(f"{out} is the input: write elsewhere")
+    check_target(source, out)
     with open_exclusively(partial) as file, explain_full_disk(out):
         state = _continue(file, beside, settings)
         with open(aside, "ab" if state.set_aside else "wb") as rejects:
@@ -137,6 +134,13 @@ def stream(
     found = {"out": str(out), **{name: state.counts[name] for name in ("rows", "rejected")}}
     found |= {name: count for name, count in sorted(state.counts.items()) if name not in found}
     return found | ({"rejected_file": str(aside)} if state.set_aside else {})
+
+
+def check_target(source: Source, out: Path) -> None:
+    """Raise UserError where `out` cannot be written, or is what is read."""
+    check_output(out)
+    if source.path.resolve() == out.resolve():
+        raise UserError(f"{out} is the input: write elsewhere")
 
 
 def discard(out: Path) -> None:

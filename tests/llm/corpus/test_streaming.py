@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -160,6 +161,10 @@ def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "in.jsonl", 30)
     with pytest.raises(UserError, match="is the input"):
         stream(Upper(), Source.open(path), tmp_path / "x" / ".." / "in.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="it is no plain file"):
+        stream(Upper(), Source.open(path), tmp_path / "pipe")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl", "pipe"]
 
 
 def parse_all(path: Path, **more: Any) -> tuple[list[Row], list[tuple[int, str]]]:
