@@ -26,6 +26,7 @@ from typing import Any
 from t2iprobe.errors import UserError
 from t2iprobe.intervals import describe_mean
 from t2iprobe.languages import LANGUAGES
+from t2iprobe.lexicon import find_chain
 from t2iprobe.llm.corpus.ablation import Training, tabulate
 from t2iprobe.llm.corpus.arms import Plan, run_plan
 from t2iprobe.llm.corpus.documents import Source, number_of
@@ -104,11 +105,8 @@ def compare_captions(folder: Path, out: Path, engine: int) -> dict[str, Any]:
         tables: dict[str, Any] = {"left in English": compare([pair["en"] for pair in pairs], human)}
         found[language] = tables
         plain = [{key: row[key] for key in ("id", "text")} for row in rows]
-        try:
+        if find_chain(language):
             made = translate_rows(plain, "apertium", language, out)
-        except UserError as error:
-            print(f"{language}: {error}")
-        else:
             tables["apertium"] = compare([row["text"] for row in made], human)
         if engine:
             made = translate_rows(plain[:engine], "engine", language, out)
