@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from inversion_flops import count, make_sd15
 from language_common import Kept, check_identity, run_command, tell
-from probe_peers import METRICS, PublishedMetrics, StockLoop
+from probe_peers import METRICS, PublishedMetrics, load_stock, time_stock
 from probe_report import compare, judge, table
 
 from t2iprobe.config import Study, load_study
@@ -68,9 +69,8 @@ class Bench:
             settings |= {"steps": 25, "guidance": 7.5, "size": 512}
         settings |= options.settings
         settings |= {"dtype": "float16"} if on_gpu else {}
-        rows = Hierarchy.imagenet().synsets
-        chosen = [rows[place] for place in np.linspace(0, len(rows) - 1, options.synsets).astype(int)]
-        self.study: Study = load_study(None, {**settings, "synsets": ",".join(chosen)})
+        self.settings = settings
+        self.study = self.of(options.samples[0])
         self.dtype = resolve_dtype(self.study.dtype, self.device)
         self.stock_dtype = "float16" if on_gpu else "float32"
 
@@ -85,12 +85,12 @@ class Bench:
         return dict(load_scorers(self.study, self.device, 1000))
 
     @cached_property
-    def stock(self) -> StockLoop:
-        """The stock loop."""
+    def stock(self) -> ProcessPoolExecutor:
+        """The stock loop, in a process of its own: what ours sets there (malloc, threads) is not set here."""
         folder = locate_model(self.model).folder
-        assert folder is not None
         study = self.study
-        return StockLoop(folder, self.device, self.stock_dtype, study.steps, study.guidance, study.size)
+        words = folder, self.device, self.stock_dtype, study.steps, study.guidance, study.size
+        return ProcessPoolExecutor(1, get_context("spawn"), load_stock, words)
 
     @property
     def steps(self) -> int:
@@ -98,8 +98,10 @@ class Bench:
         return self.study.steps or default_steps(self.sampler.pipeline) or 1
 
     def of(self, samples: int) -> Study:
-        """The study with so many pictures a synset."""
-        return self.study.model_copy(update={"samples": samples})
+        """The study with so many pictures a synset, and as many synsets as a turn's pictures need."""
+        rows, count = Hierarchy.imagenet().synsets, max(1, self.options.pictures // samples)
+        chosen = [rows[place] for place in np.linspace(0, len(rows) - 1, count).astype(int)]
+        return load_study(None, {**self.settings, "samples": samples, "synsets": ",".join(chosen)})
 
 
 def save_sd15(work: Path) -> Path:
@@ -150,14 +152,11 @@ def run_turns(bench: Bench, kept: Kept, samples: int, turns: int) -> None:
 def draw_stock(bench: Bench, manifest: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """Return what the stock loop takes, and whether its judge is ours."""
     prompts = {name: next(iter(texts.values())) for name, texts in manifest["plan"][0]["prompts"].items()}
-    stock = bench.stock
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        logits = stock.run(prompts, samples, Path(folder))
-        seconds = time.perf_counter() - begin
+        logits, seconds = bench.stock.submit(time_stock, prompts, samples, Path(folder)).result()
         files = sorted(Path(folder).glob("*/*.png"), key=str)
         ours = score_pictures([read_picture(file) for file in files], bench.scorers)["embedded"]
-    agree = float(np.corrcoef(logits.numpy().ravel(), ours.ravel())[0, 1])
+    agree = float(np.corrcoef(logits.ravel(), ours.ravel())[0, 1])
     return {"pictures": len(logits), "seconds": seconds, "judges_agree": agree}
 
 
@@ -413,7 +412,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "model": bench.name,
         "device": identity["device"], "threads": identity["threads"], "steps": bench.steps,
         "guidance": bench.study.guidance, "scheduler": type(bench.sampler.pipeline.scheduler).__name__,
-        "dtype": bench.dtype, "stock_dtype": bench.stock_dtype, "synsets": options.synsets,
+        "dtype": bench.dtype, "stock_dtype": bench.stock_dtype, "pictures": options.pictures,
         "turns": options.turns, "on_gpu": bench.device.startswith("cuda"),
     }  # fmt: skip
     return found | {"verdicts": judge(found), "versions": list_versions()}
@@ -431,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=("embedded", "sd15"), help="by default sd15 on a GPU")
     parser.add_argument("--model", type=Path, help="a pipeline folder instead")
     parser.add_argument("--set", action="append", default=[], help="a setting of both, as key=value")
-    parser.add_argument("--synsets", type=int, default=24, help="of a turn")
+    parser.add_argument("--pictures", type=int, default=96, help="of a turn")
     parser.add_argument(
         "--samples", type=lambda text: [int(each) for each in text.split(",")], default=[4, 1],
         help="pictures a synset; the first is judged",
@@ -444,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.settings = parse_settings(options.set)
     options.metrics = (METRIC_SYNSETS, METRIC_SAMPLES)
     if options.quick:
-        options.turns, options.pairs, options.synsets, options.metrics = 2, 1, 3, (6, 4)
+        options.turns, options.pairs, options.pictures, options.metrics = 2, 1, 12, (6, 4)
     found = benchmark(options)
     if options.json:
         write_atomically(options.json, json.dumps(found, indent=1).encode())

@@ -5,6 +5,7 @@ Both are written from the description of the published system (arXiv 2310.09247)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ class StockLoop:
         )
         loader: Any = DataLoader(ImageFolder(str(folder), transform), batch_size=STOCK_BATCH)
         return torch.cat([self.classifier(pictures.to(self.device)).cpu() for pictures, _ in loader])
+
+
+_stock: StockLoop | None = None  # of a process that runs nothing else
+
+
+def load_stock(*words: Any) -> None:
+    """Load the stock loop in a process of its own."""
+    global _stock
+    _stock = StockLoop(*words)
+
+
+def time_stock(prompts: Mapping[str, str], samples: int, folder: Path) -> tuple[np.ndarray, float]:
+    """Return logits float32 [n, C] of what is drawn to `folder`, and the seconds that it took."""
+    assert _stock is not None
+    begin = time.perf_counter()
+    logits = _stock.run(prompts, samples, folder)
+    return logits.numpy(), time.perf_counter() - begin
 
 
 def load_plain_lite() -> Any:

@@ -155,7 +155,7 @@ def _list_notes(found: Mapping[str, Any], setting: Mapping[str, Any]) -> list[st
     notes = [
         f"{setting['model']} on {setting['device']}, {setting['threads']} threads: {setting['scheduler']}, "
         f"{setting['steps']} steps, guidance {setting['guidance']}; ours {setting['dtype']}, stock "
-        f"{setting['stock_dtype']}. {setting['synsets']} synsets a turn, {setting['turns']} turns, medians "
+        f"{setting['stock_dtype']}. {setting['pictures']} pictures a turn, {setting['turns']} turns, medians "
         "with 95 % intervals over turns; prompts are encoded anew in each."
     ]
     if "parts" in found:

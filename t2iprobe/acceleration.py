@@ -1,6 +1,7 @@
 """What makes loaded networks faster and leaves their pictures and logits what they were, to rounding."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,30 +26,94 @@ def fold_norms(network: "torch.nn.Module", inputs: "torch.Tensor") -> "torch.nn.
     if not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules()):
         return network
     folded = copy.deepcopy(network)
-    convolutions: dict[int, Any] = {}  # by what they made
-    norms: list[tuple[Any, Any]] = []
-    kept: list[torch.Tensor] = []  # so that no address is used twice
-
-    def note(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
-        if isinstance(module, torch.nn.Conv2d):
-            convolutions[id(made)] = module
-            kept.append(made)
-        elif id(given[0]) in convolutions:
-            norms.append((convolutions[id(given[0])], module))
-
-    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
-    hooks = [module.register_forward_hook(note) for module in folded.modules() if isinstance(module, kinds)]
     with torch.no_grad():  # not in inference mode: its tensors could not be weights elsewhere
         before = folded(inputs)
-        for hook in hooks:
-            hook.remove()
         parents = {child: parent for parent in folded.modules() for child in parent.children()}
-        for convolution, norm in norms:
+        for convolution, norm, _ in _find_pairs(folded, inputs, torch.nn.BatchNorm2d):
             _fold(convolution, norm)
             _replace(parents[norm], norm, _activation(norm))
         after = folded(inputs)
     same = torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.std()))
     return folded if same else network
+
+
+def _find_pairs(
+    network: "torch.nn.Module", inputs: "torch.Tensor", kind: type
+) -> "list[tuple[Any, Any, torch.Size]]":
+    """Return convolutions, the module of `kind` right behind each, and the size of the maps that it reads."""
+    import torch
+
+    convolutions: dict[int, tuple[Any, torch.Size]] = {}  # by what they made
+    pairs: list[tuple[Any, Any, torch.Size]] = []
+    kept: list[torch.Tensor] = []  # so that no address is used twice
+
+    def note(module: torch.nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        if isinstance(module, torch.nn.Conv2d):
+            convolutions[id(made)] = module, given[0].shape[2:]
+            kept.append(made)
+        elif id(given[0]) in convolutions:
+            convolution, size = convolutions[id(given[0])]
+            pairs.append((convolution, module, size))
+
+    kinds = (torch.nn.Conv2d, kind)
+    hooks = [module.register_forward_hook(note) for module in network.modules() if isinstance(module, kinds)]
+    network(inputs)
+    for hook in hooks:
+        hook.remove()
+    return pairs
+
+
+def fuse_clamps(network: "torch.nn.Module", inputs: "torch.Tensor") -> None:
+    """Let convolutions clamp what they make where a ReLU6 stands right behind them, in place, on a CPU.
+
+    oneDNN does it while it writes the maps; on its own a clamp in bfloat16 takes as long as a convolution.
+    Padding on one side, as TensorFlow's, is a row and a column of zeros in the kernel, not a copy of the
+    maps. For maps of other sizes than those from `inputs` [n, 3, H, W] the layers do what they did. Nothing
+    is done where torch has no oneDNN. The weights must not change any more.
+    """
+    import torch
+
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return
+    parents = {child: parent for parent in network.modules() for child in parent.children()}
+    with torch.no_grad():
+        for convolution, clamp, size in _find_pairs(network, inputs, torch.nn.ReLU6):
+            _replace(parents[convolution], convolution, _clamping(convolution, clamp, size))
+            _replace(parents[clamp], clamp, torch.nn.Identity())
+
+
+def _clamping(convolution: Any, clamp: "torch.nn.Module", size: "torch.Size") -> "torch.nn.Module":
+    """Return a layer that does what a convolution and the ReLU6 behind it do to maps of `size`."""
+    import torch
+    from torch.nn import functional
+
+    weight, stride, padding = convolution.weight, convolution.stride, convolution.padding
+    if (
+        type(convolution).__name__ == "Conv2dSame"
+    ):  # timm's: a total that depends on the size, the odd one behind
+        spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], convolution.dilation, strict=True)]
+        totals = [
+            max((-(-side // step) - 1) * step + span - side, 0)
+            for side, step, span in zip(size, stride, spans, strict=True)
+        ]
+        before, extra = [total // 2 for total in totals], [total % 2 for total in totals]
+        weight = functional.pad(weight, (extra[1], 0, extra[0], 0))
+        padding = tuple(pad + odd for pad, odd in zip(before, extra, strict=True))
+
+    class Clamping(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = torch.nn.Sequential(convolution, clamp)
+
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            if maps.shape[2:] != size or maps.dtype != weight.dtype:
+                return self.plain(maps)
+            return torch.ops.mkldnn._convolution_pointwise(
+                maps, weight, convolution.bias, padding, stride, convolution.dilation, convolution.groups,
+                "hardtanh", [0.0, 6.0], "",
+            )  # fmt: skip
+
+    return Clamping()
 
 
 def _fold(convolution: "torch.nn.Conv2d", norm: "torch.nn.BatchNorm2d") -> None:
@@ -123,6 +188,145 @@ def choose_attention(pipeline: Pipeline, backend: str) -> None:
         except (RuntimeError, ValueError, ImportError, AttributeError) as error:
             text = str(error).strip().splitlines()[0][:200]
             raise UserError(f"the attention {backend!r} cannot be used here: {text}") from None
+
+
+def suit_cpu(network: "torch.nn.Module") -> None:
+    """Let a network of a pipeline compute in bfloat16 on a CPU as that does it fastest, in place.
+
+    Beside `attend_plainly`: group norms of small maps work on contiguous copies, since the kernel for
+    channels last is several times slower where a group has few channels; large maps are normed one by one,
+    since that kernel splits a whole batch among threads, and a picture's sums would depend on how many
+    others there are. Gates are copied together before their GELU. What cross-attention
+    reads of a prompt is computed once for all steps, and what guidance's two halves have in common, once for
+    both.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention_processor import Attention
+    from torch.nn import functional
+
+    class LoneGroupNorm(torch.nn.GroupNorm):
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            if maps.ndim == 4 and maps.shape[2:].numel() >= LARGE:
+                return torch.cat([super(LoneGroupNorm, self).forward(one) for one in maps.split(1)])
+            normed = super().forward(maps.contiguous())
+            return normed.contiguous(memory_format=torch.channels_last) if maps.ndim == 4 else normed
+
+    class ContiguousGEGLU(GEGLU):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            values, gate = self.proj(tokens).chunk(2, dim=-1)
+            return values * functional.gelu(gate.contiguous())
+
+    class PromptProjection(torch.nn.Linear):
+        """A linear layer that keeps what it makes of a prompt's embeddings with them, while they live."""
+
+        def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+            apart = torch.compiler.is_compiling() or self.weight.is_inference()
+            if apart or not torch.is_inference_mode_enabled():
+                return super().forward(embeddings)
+            kept = embeddings.__dict__.setdefault("projections", {})
+            key = self, self.weight._version  # trained or loaded anew, it makes something else
+            if key not in kept:
+                kept[key] = super().forward(embeddings)
+            return kept[key]
+
+    attend_plainly(network)
+    for layer in network.modules():
+        if type(layer) is torch.nn.GroupNorm:
+            layer.__class__ = LoneGroupNorm
+        elif type(layer) is GEGLU:
+            layer.__class__ = ContiguousGEGLU
+        elif isinstance(layer, Attention) and layer.is_cross_attention:
+            for projection in (layer.to_k, layer.to_v):
+                if type(projection) is torch.nn.Linear:
+                    projection.__class__ = PromptProjection
+    if isinstance(network, UNet2DConditionModel):
+        _share_guidance(network)
+
+
+LARGE = 256  # places of a map from which on copying it costs more than the norm gains
+SHORT = 256  # places of a map up to which all scores of its attention are computed at once
+
+
+def attend_plainly(network: "torch.nn.Module") -> None:
+    """Let diffusers' attention over short sequences compute all scores at once, in place.
+
+    On a CPU that is two to three times faster than the fused kernel, and its backward more. The softmax is
+    taken in float32: in bfloat16 it is slow for lengths such as a prompt's 77.
+    """
+    import torch
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    class ShortAttention(AttnProcessor2_0):
+        plain = AttnProcessor()
+
+        def __call__(
+            self,
+            attn: Any,
+            hidden_states: torch.Tensor,
+            encoder_hidden_states: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
+            temb: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            places = hidden_states.shape[2:].numel() if hidden_states.ndim == 4 else hidden_states.shape[1]
+            attend = self.plain if places <= SHORT else super().__call__
+            return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    for layer in network.modules():
+        if isinstance(layer, Attention) and type(layer.processor) is AttnProcessor2_0:
+            layer.processor = ShortAttention()
+            layer.upcast_softmax = True
+
+
+_guidance = threading.local()  # halves_agree: of the batch that this thread's denoiser computes
+
+
+def _share_guidance(unet: Any) -> None:
+    """Compute once what both halves of a guided batch have in common: all before the first cross-attention.
+
+    The halves are the same latents at the same time, and differ in their prompts alone.
+    """
+    config, first = unet.config, unet.down_blocks[0]
+    if config.addition_embed_type or config.class_embed_type or not getattr(first, "attentions", None):
+        return
+    transformer = first.attentions[0]
+    block = transformer.transformer_blocks[0]
+    unet.register_forward_pre_hook(_compare_halves, with_kwargs=True)
+    common = [unet.conv_in, first.resnets[0], transformer.norm, transformer.proj_in]
+    if block.norm_type == "layer_norm" and not block.only_cross_attention:
+        common += [block.norm1, block.attn1]
+    for layer in common:
+        layer.__class__ = _share_halves(type(layer))
+
+
+def _compare_halves(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    import torch
+
+    latents, time = (*given, named.get("sample"), named.get("timestep"))[:2]
+    half = len(latents) // 2
+    _guidance.halves_agree = (
+        torch.is_inference_mode_enabled()
+        and not torch.compiler.is_compiling()
+        and torch.as_tensor(time).numel() == 1
+        and len(latents) == 2 * half
+        and torch.equal(latents[:half], latents[half:])
+    )
+
+
+def _share_halves(kind: Any) -> Any:
+    """Return a layer's class that computes the first half of a batch for both where they agree."""
+    import torch
+
+    class Shared(kind):
+        def forward(self, tensor: torch.Tensor, *others: torch.Tensor, **named: Any) -> torch.Tensor:
+            if not getattr(_guidance, "halves_agree", False):
+                return super().forward(tensor, *others, **named)
+            half = len(tensor) // 2
+            made = super().forward(tensor[:half], *(other[:half] for other in others), **named)
+            return torch.cat([made, made])
+
+    return Shared
 
 
 def compile_networks(pipeline: Pipeline) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t2iprobe.acceleration import fold_norms
+from t2iprobe.acceleration import fold_norms, fuse_clamps
 from t2iprobe.devices import best_device, inference_context, lower_weights, resolve_dtype
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.storage import hash_files
@@ -52,6 +52,9 @@ class Classifier:
         elif dtype != "float32":
             self._network.to(getattr(torch, dtype))
         self._network.to(memory_format=torch.channels_last)
+        if dtype == "bfloat16" and device == "cpu":
+            with inference_context(device, dtype):
+                fuse_clamps(self._network, self._prepare(list(example)))
 
     def score(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Return logits float32 [n, C] for pictures uint8 [H, W, 3], which may differ in size."""

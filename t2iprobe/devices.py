@@ -78,25 +78,6 @@ def lower_weights(module: "torch.nn.Module", dtype: "torch.dtype") -> None:
             layer.to(dtype)
 
 
-def normalise_alone(module: "torch.nn.Module") -> None:
-    """Make the group norms in `module` treat each picture of a batch alone, in place, so that batches agree.
-
-    On a CPU the kernel for maps of 32 by 32 and more splits the whole batch among threads: a picture's sums
-    then depend on how many others there are. No other bfloat16 kernel of these networks was found to.
-    """
-    import torch
-
-    class LoneGroupNorm(torch.nn.GroupNorm):
-        def forward(self, maps: torch.Tensor) -> torch.Tensor:
-            if len(maps) == 1 or maps.shape[2:].numel() < 1024:
-                return super().forward(maps)
-            return torch.cat([super(LoneGroupNorm, self).forward(one) for one in maps.split(1)])
-
-    for layer in module.modules():
-        if type(layer) is torch.nn.GroupNorm:
-            layer.__class__ = LoneGroupNorm
-
-
 def inference_context(device: str, dtype: str) -> contextlib.ExitStack:
     """Return the context in which a placed network runs: no gradients; autocast for bfloat16 on a CPU."""
     import torch

@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2iprobe.devices import best_device, best_dtype, lower_weights, normalise_alone, resolve_dtype
+from t2iprobe.acceleration import suit_cpu
+from t2iprobe.devices import best_device, best_dtype, lower_weights, resolve_dtype
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.storage import hash_files
 
@@ -273,7 +274,7 @@ def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
     if on_cpu and dtype == "bfloat16":
         for component in lowered:
             lower_weights(component, torch.bfloat16)
-            normalise_alone(component)
+            suit_cpu(component)
     else:
         pipeline.to(device)
         if dtype != "float32":

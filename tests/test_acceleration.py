@@ -1,5 +1,6 @@
 """What is faster says the same: folded norms, other attention, compiled networks and their fallback."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from diffusers import UNet2DConditionModel
+from timm.layers import create_conv2d
 from torchvision import models
 
-from t2iprobe.acceleration import choose_attention, fold_norms
+from t2iprobe.acceleration import choose_attention, fold_norms, fuse_clamps, suit_cpu
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.pipelines import place_pipeline
@@ -60,6 +63,131 @@ def test_a_norm_that_does_not_stand_behind_its_convolution_alone_stays() -> None
     assert fold_norms(network, torch.randn(2, 3, 8, 8)) is network
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     assert fold_norms(plain, torch.randn(2, 3, 2, 2)) is plain
+
+
+@pytest.mark.parametrize("side", [96, 97, 64])
+def test_fused_clamps_are_gone_and_nothing_changes_to_rounding(side: int) -> None:
+    """TensorFlow's padding too, at stride 2 on one side for even sizes; 64 is not what it was fused for."""
+    network = fold_norms(shake(timm.create_model("tf_efficientnet_lite0")), torch.randn(1, 3, 96, 96))
+    network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(network)
+    pictures = torch.randn(3, 3, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        fuse_clamps(fused, pictures[:, :, :96, :96] if side > 64 else pictures.new_zeros(1, 3, 96, 96))
+        expected, found = network(pictures).float(), fused(pictures).float()
+        exact = network.float()(pictures.float())
+
+    layers = [type(module).__name__ for module in fused.modules()]
+    assert "Clamping" in layers
+    assert sum(isinstance(module, torch.nn.ReLU6) for module in fused.modules()) == layers.count("Clamping")
+    rounding = (expected - exact).abs().mean()
+    assert (found - exact).abs().mean() < 1.2 * rounding
+    assert (found - expected).abs().mean() < 1.2 * rounding
+
+
+@pytest.mark.parametrize("size", [(112, 112), (113, 113), (7, 8)])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(3, 2, 1), (5, 2, 8), (3, 1, 8), (1, 1, 1)])
+def test_a_fused_layer_is_its_convolution_and_clamp(
+    size: tuple[int, int], kernel: int, stride: int, groups: int
+) -> None:
+    convolution = create_conv2d(8, 16, kernel, stride=stride, padding="same", groups=groups, bias=True)
+    plain = torch.nn.Sequential(convolution, torch.nn.ReLU6()).requires_grad_(False)
+    maps = 3 * torch.randn(2, 8, *size)
+    fused = copy.deepcopy(plain)
+    with torch.inference_mode():
+        fuse_clamps(fused, maps)
+        assert type(fused[0]).__name__ == "Clamping"
+        assert torch.allclose(fused(maps), plain(maps), atol=1e-5)
+
+
+def suited_unet() -> tuple[Any, Any, dict[str, Any]]:
+    """Return a plain UNet, the same suited to a CPU, and a guided batch of two pictures."""
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    plain = plain.requires_grad_(False).to(memory_format=torch.channels_last)
+    suited = copy.deepcopy(plain)
+    suit_cpu(suited)
+    latents = torch.randn(2, plain.config.in_channels, 8, 8)
+    prompts = torch.randn(4, 7, plain.config.cross_attention_dim)
+    return plain, suited, {"sample": torch.cat([latents, latents]), "encoder_hidden_states": prompts}
+
+
+def run(unet: Any, batch: dict[str, Any], time: Any = 10) -> torch.Tensor:
+    with torch.inference_mode():
+        return unet(timestep=torch.tensor(time), **batch).sample
+
+
+def test_a_unet_that_suits_the_cpu_says_the_same_of_any_batch() -> None:
+    plain, suited, batch = suited_unet()
+    for time in (10, 500):
+        assert torch.allclose(run(suited, batch, time), run(plain, batch, time), atol=1e-5)
+    batch["sample"][0, 0, 0, 0] += 1  # the halves are no longer the same
+    assert torch.allclose(run(suited, batch), run(plain, batch), atol=1e-5)
+    odd = {name: part[:3].clone() for name, part in batch.items()}
+    assert torch.allclose(run(suited, odd), run(plain, odd), atol=1e-5)
+    batch["sample"] = torch.cat([batch["sample"][2:]] * 2)
+    times = [10, 10, 500, 500]  # the halves are the same at another time
+    assert torch.allclose(run(suited, batch, times), run(plain, batch, times), atol=1e-5)
+    assert torch.allclose(run(copy.deepcopy(suited), batch), run(plain, batch), atol=1e-5)
+
+
+def test_what_guidances_halves_share_is_computed_once_and_prompts_are_projected_once() -> None:
+    _, suited, batch = suited_unet()
+    first = suited.down_blocks[0]
+    sizes, projected = [], []
+    first.resnets[0].conv1.register_forward_hook(lambda _, given, made: sizes.append(len(made)))
+    projection = first.attentions[0].transformer_blocks[0].attn2.to_k
+    kept = torch.nn.Linear.forward
+
+    def count(layer: Any, tensor: torch.Tensor) -> torch.Tensor:
+        projected.extend([1] if layer is projection else [])
+        return kept(layer, tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", count)
+        for time in (500, 300, 10):
+            run(suited, batch, time)
+    assert sizes == [2, 2, 2]
+    assert len(projected) == 1
+
+
+def test_a_projection_that_was_trained_is_computed_anew() -> None:
+    _, suited, batch = suited_unet()
+    before = run(suited, batch)
+    projection = suited.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
+    with torch.no_grad():
+        projection.weight.mul_(3)
+    after = run(suited, batch)
+    assert not torch.allclose(before, after)
+    batch["encoder_hidden_states"] = batch["encoder_hidden_states"].clone()
+    assert torch.equal(run(suited, batch), after)
+    given = batch["encoder_hidden_states"].requires_grad_()
+    suited(
+        timestep=torch.tensor(10), sample=batch["sample"], encoder_hidden_states=given
+    ).sample.sum().backward()
+    assert given.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("places", [64, 1024])
+def test_group_norms_treat_each_picture_alone(places: int) -> None:
+    norm = torch.nn.GroupNorm(4, 32)
+    network = torch.nn.Sequential(norm)
+    side = int(places**0.5)
+    maps = torch.randn(5, 32, side, side).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.group_norm(maps, 4, norm.weight, norm.bias)
+    suit_cpu(network)
+
+    assert torch.equal(norm(maps)[1:2], norm(maps[1:2]))
+    assert torch.allclose(norm(maps), expected, atol=1e-5)
+    assert norm(maps).is_contiguous(memory_format=torch.channels_last)
 
 
 def make_sampler(family: str = "sd", attention: str | None = None, **settings: Any) -> DiffusersSampler:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from original_format import save_single_file
 
-from t2iprobe.devices import best_dtype, normalise_alone, resolve_dtype
+from t2iprobe.devices import best_dtype, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.pipelines import load_pipeline, locate_model, model_hash, setting_arguments
 from t2iprobe.storage import hash_files
@@ -46,17 +46,6 @@ def test_bfloat16_on_a_cpu_lowers_only_what_autocast_would_cast(tiny_model: Path
     assert loaded.unet.conv_in.weight.dtype == torch.bfloat16
     assert loaded.unet.conv_norm_out.weight.dtype == torch.float32
     assert {weight.dtype for weight in loaded.text_encoder.parameters()} == {torch.float32}
-
-
-def test_group_norms_treat_each_picture_alone() -> None:
-    norm = torch.nn.GroupNorm(4, 32)
-    normalise_alone(torch.nn.Sequential(norm))
-    maps = torch.randn(5, 32, 32, 32).to(memory_format=torch.channels_last)
-
-    assert torch.equal(norm(maps)[1:2], norm(maps[1:2]))
-    assert torch.allclose(
-        norm(maps), torch.nn.functional.group_norm(maps, 4, norm.weight, norm.bias), atol=1e-5
-    )
 
 
 def test_the_scheduler_can_be_replaced(tiny_model: Path) -> None:

@@ -69,7 +69,7 @@ def made_up(**changes: Any) -> dict[str, bool]:
     found = report.compare(kept)
     found["setting"] = {
         "model": "m", "device": "d", "threads": 2, "steps": 25, "guidance": 3.0, "scheduler": "DDIMScheduler",
-        "dtype": "bfloat16", "stock_dtype": "float32", "synsets": 2, "turns": 5, "on_gpu": given["gpu"],
+        "dtype": "bfloat16", "stock_dtype": "float32", "pictures": 8, "turns": 5, "on_gpu": given["gpu"],
     }  # fmt: skip
     found["verdicts"] = report.judge(found)
     text = report.table(found)
@@ -108,7 +108,7 @@ def test_the_benchmark_runs_and_continues(
     first = json.loads((tmp_path / "found.json").read_text())
     assert "| 2 | " in capsys.readouterr().out
     row = first["rates"]["2"]
-    assert row["pictures"] == 6
+    assert row["pictures"] == 12
     assert row["times"]["value"] > 0
     assert row["judges_agree"] > 0.9  # of noise
     assert set(first["parts"]["gflop"]) == {"denoiser", "decoder", "judge"}

@@ -110,15 +110,24 @@ class BatchSizes:
         self._most = fixed or most
         self._seconds: dict[int, list[float]] = {}
         self._base: int | None = None
+        self._begun = 0  # batches since the size is settled
         self._lock = threading.Lock()
 
     def next(self, left: int) -> int:
-        """Return the size of the next batch where `left` pictures remain: the last ones are shared fairly."""
+        """Return the size of the next batch where `left` pictures remain.
+
+        Once it is known which size pays, all batches are about as large, and every lane gets as many.
+        """
         with self._lock:
             if self._base is None and self._memory is not None and not self.settled:
                 self._memory.reset()
                 self._base = self._memory.used_bytes()
-            return max(1, min(self.size, -(-left // self._lanes)))
+            if not self.settled:
+                return max(1, min(self.size, -(-left // self._lanes)))
+            batches = self._lanes - self._begun % self._lanes  # of this round, then of whole ones
+            batches += self._lanes * max(0, -(-(left - batches * self.size) // (self._lanes * self.size)))
+            self._begun += 1
+            return max(1, -(-left // batches))
 
     def learn(self, size: int, seconds: float) -> None:
         """Take note that a batch of `size` pictures took so long."""

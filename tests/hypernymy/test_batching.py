@@ -68,10 +68,19 @@ def test_no_batch_is_begun_that_would_not_fit(total: int) -> None:
     assert last == MOST or 2 * last * 5 > SHARE * (total - 10)
 
 
-def test_a_fixed_size_stays_and_the_last_pictures_are_shared() -> None:
-    sizes = BatchSizes(16, lanes=2)
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("left", [1, 5, 31, 32, 96, 100])
+def test_a_fixed_size_stays_and_pictures_are_shared_fairly(left: int, lanes: int) -> None:
+    sizes = BatchSizes(16, lanes=lanes)
     sizes.learn(16, 1.0)
-    assert [sizes.next(left) for left in (100, 32, 20, 5, 1)] == [16, 16, 10, 3, 1]
+    drawn: list[int] = []
+    while sum(drawn) < left:
+        drawn.append(sizes.next(left - sum(drawn)))
+    assert sum(drawn) == left
+    assert max(drawn) <= 16
+    assert max(drawn) - min(drawn) <= 1
+    rounds = -(-left // (16 * lanes))
+    assert len(drawn) == min(left, lanes * rounds)
 
 
 def test_memory_that_ran_out_bounds_the_sizes_for_good() -> None:
