@@ -208,7 +208,8 @@ def ablate(
     ] = None,
     recipes: Annotated[str, typer.Option(help="By commas; none keeps everything.")] = "none,gopher",
     target: Annotated[
-        list[Path] | None, typer.Option(help="A file of corpus train, for recipes that need it; repeat it.")
+        list[Path] | None,
+        typer.Option(help="For recipes such as dsir: texts as they should be, or a file of corpus train."),
     ] = None,
     texts: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a mix; repeat it.")] = None,
     mix: Annotated[

@@ -29,6 +29,7 @@ Tokens = NDArray[np.uint16]
 
 _HELD_OUT = 10  # one text in so many is never trained on and judges
 _JUDGED = 200  # texts that judge at most
+_PIECE = 10_000  # characters that a tokenizer is trained on at once: a word takes its length's square in time
 _END = "<|end|>"
 TASKS = ("word_order", "word_choice")
 
@@ -131,7 +132,13 @@ def train_tokenizer(files: Sequence[Path], vocabulary: int) -> "Tokenizer":
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for path in files for text in _read(path)), trainer)
+    pieces = (
+        text[start : start + _PIECE]
+        for path in files
+        for text in _read(path)
+        for start in range(0, len(text), _PIECE)
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 
 

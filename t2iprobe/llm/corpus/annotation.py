@@ -71,7 +71,7 @@ class Annotation:
             signals = copy_ccnet_signals(row.fields, len(row.text))
             signals |= compute_signals(document, self.rules, domain if isinstance(domain, str) else None)
             for path in self.targets:
-                signals |= _score(_load_target(path), document)
+                signals |= _score(load_any_target(path), document)
             lines.append(
                 {
                     "id": row.id,
@@ -98,7 +98,8 @@ class Annotation:
         ]
 
 
-def _load_target(path: Path) -> Target | Classifier:
+def load_any_target(path: Path) -> Target | Classifier:
+    """Read a target of `importance.train_target`, or a classifier of fastText."""
     return load_classifier(path) if path.suffix in ENDINGS else load_target(path)
 
 
@@ -131,7 +132,7 @@ def make_annotation(
     counter = None if tokenizer == "none" or not captions else tokenizer
     if counter is not None:
         load_token_counter(counter)
-    names = [_load_target(path).name for path in targets]
+    names = [load_any_target(path).name for path in targets]
     if len(set(names)) < len(names):
         raise UserError(f"two targets have the same name: {', '.join(names)}")
     return Annotation(Rules(language, numbers), captions, counter, read_size(size), tuple(targets))

@@ -7,9 +7,11 @@ from typing import Any
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.corpus.ablation import Arm, Training, ablate, make_arms, parse_mix, split_corpus
-from t2iprobe.llm.corpus.annotation import make_annotation
+from t2iprobe.llm.corpus.annotation import load_any_target, make_annotation
+from t2iprobe.llm.corpus.classifiers import ENDINGS
 from t2iprobe.llm.corpus.documents import Source
 from t2iprobe.llm.corpus.filters import load_recipe
+from t2iprobe.llm.corpus.importance import find_target_name, train_target
 from t2iprobe.llm.corpus.minhash import SHINGLE
 from t2iprobe.llm.corpus.streaming import stream
 
@@ -18,7 +20,8 @@ from t2iprobe.llm.corpus.streaming import stream
 class Plan:
     """What is to be compared: recipes over `documents`, or `mixes` of the files that `texts` names.
 
-    judge: texts to judge by; of `documents` a tenth is kept for that otherwise.
+    targets: files that `importance.train_target` or fastText wrote, or texts to train a target called target
+    on, against those that train. judge: texts to judge by; of `documents` a tenth is kept for that otherwise.
     Raises UserError where neither or both are given, or something of them is not there.
     """
 
@@ -36,9 +39,17 @@ class Plan:
             raise UserError("give a file of texts and --recipes, or --texts NAME=FILE and --mix")
         if self.mixes and self.judge is None:
             raise UserError("mixes are judged by texts of their own: give --judge FILE")
+        for path in self.targets:
+            if not path.is_file():
+                raise UserError(f"there is no file {path}")
+        known = {"target" if _holds_texts(path) else load_any_target(path).name for path in self.targets}
         for name in self.recipes:
-            if name != "none":
-                load_recipe(name)
+            for rule in load_recipe(name).rules if name != "none" else ():
+                if (target := find_target_name(rule.signal)) not in (None, *known):
+                    raise UserError(
+                        f"the recipe {name} needs {rule.signal}: give --target FILE, texts as they should "
+                        f"be or what llm corpus train --name {target} made of them"
+                    )
         for mix in self.mixes:
             parse_mix(mix, self.files)
         if len(set(self.names)) < len(self.names):
@@ -61,6 +72,16 @@ class Plan:
         return self.mixes or [Path(name).stem for name in self.recipes]
 
 
+def _holds_texts(path: Path) -> bool:
+    return path.suffix not in (".npz", *ENDINGS)
+
+
+def _train(texts: Path, train: Path, out: Path) -> Path:
+    """Train a target on texts as they should be; those that judge have no part in it."""
+    train_target("target", Source.open(texts), Source.open(train), out / "target.npz")
+    return out / "target.npz"
+
+
 def run_plan(
     plan: Plan, out: Path, training: Training, seeds: int, show: Callable[[int, int], None]
 ) -> dict[str, Any]:
@@ -76,7 +97,8 @@ def run_plan(
     else:
         train, judges = split_corpus(Source.open(plan.documents, plan.field), out)
         signals = out / "signals.jsonl"
-        stage = make_annotation(plan.language, None, True, "embedded", SHINGLE, plan.targets)
+        targets = [_train(path, train, out) if _holds_texts(path) else path for path in plan.targets]
+        stage = make_annotation(plan.language, None, True, "embedded", SHINGLE, targets)
         stream(stage, Source.open(train), signals)
         arms = make_arms(train, signals, plan.recipes, out)
         judges = Source.open(plan.judge).path if plan.judge else judges

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.llm.corpus.documents import Row, Source, number_of
+from t2iprobe.llm.corpus.importance import find_target_name
 from t2iprobe.llm.corpus.pairs import Pairs, SignalsError, read_signals
 from t2iprobe.llm.corpus.signals import Signals
 from t2iprobe.llm.corpus.streaming import (
@@ -269,10 +270,17 @@ def _measure(rule: Rule, found: Signals, signals: Path) -> float | None:
     try:
         return measure(rule, found)
     except KeyError as error:
+        name = error.args[0]
         raise SignalsError(
-            f"{signals} has no signal {error.args[0]}{suggest(error.args[0], found)}, which the rule "
+            f"{signals} has no signal {name}{explain_target(name) or suggest(name, found)}, which the rule "
             f"{str(rule)!r} needs"
         ) from None
+
+
+def explain_target(signal: str) -> str:
+    """Return how a signal that needs a target comes about, nothing for others."""
+    name = find_target_name(signal)
+    return f" (llm corpus train --name {name} makes it, corpus signals --target adds it)" if name else ""
 
 
 def _draw(rule: Rule, value: float | None, name: str) -> float | None:

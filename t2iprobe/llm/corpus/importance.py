@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,12 @@ def _poisson(count: int, mean: float) -> float:
 
 def _sigmoid(margin: float) -> float:
     return 1 / (1 + math.exp(-margin)) if margin > -700 else 0.0
+
+
+def find_target_name(signal: str) -> str | None:
+    """Return the name of the target that a signal is of, None for a signal that needs none."""
+    match = re.fullmatch(r"rps_doc_(?:ml_(\w+)_score|(\w+?)_importance(?:_length_correction)?)", signal)
+    return match and (match[1] or match[2])
 
 
 def train_target(name: str, target: Source, source: Source, out: Path, limit: int = LIMIT) -> dict[str, Any]:

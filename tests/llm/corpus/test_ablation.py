@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,31 @@ def test_recipes_are_compared_and_a_stopped_run_goes_on(
     assert clean["epochs"] == pytest.approx(6400 / clean["tokens_there"])
     assert 0 < none["bits_per_byte"]["value"] < 8
     assert clean["bits_per_byte_difference"]["interval"] is not None
+
+
+def test_a_recipe_that_needs_a_target(tmp_path: Path) -> None:
+    texts = write(tmp_path / "in.jsonl", 150, 0, spam=True)
+    good = write(tmp_path / "good.jsonl", 40, 5)
+    with pytest.raises(UserError, match="dsir needs rps_doc_target_importance: give --target FILE"):
+        Plan(texts, ["none", "dsir"], [], [], [], None)
+    plan = Plan(texts, ["none", "dsir"], [good], [], [], None)
+    found = run_plan(plan, tmp_path / "out", TINY, 1, nothing)
+
+    kept = (tmp_path / "out" / "dsir.jsonl").read_text().splitlines()
+    train = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert len(kept) == pytest.approx(len(train) / 2, abs=1)
+    assert sum("8k" in line for line in kept) < 0.1 * sum("8k" in line for line in train)
+    assert [row["arm"] for row in found["arms"]] == ["none", "dsir"]
+
+
+def test_a_word_of_any_length_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("a red fox\n" * 50 + "x" * 400_000)
+    begin = time.monotonic()
+    tokenizer = train_tokenizer([path], 512)
+
+    assert time.monotonic() - begin < 60  # all at once it would be several minutes
+    assert tokenizer.decode(tokenizer.encode("a red fox xxx").ids) == "a red fox xxx"
 
 
 def test_training_learns_and_a_seed_repeats(tmp_path: Path) -> None:

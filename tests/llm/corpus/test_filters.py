@@ -189,6 +189,9 @@ def test_a_rule_whose_signal_is_not_there(tmp_path: Path) -> None:
     source, signals = write(tmp_path, ["a"], [document(rps_doc_words=1)])
     with pytest.raises(UserError, match="no signal rps_doc_word, did you mean rps_doc_words"):
         filter_file(source, signals, Recipe(rules=(Rule(signal="rps_doc_word", max=3),)), tmp_path / "out")
+    for name in ("rps_doc_ml_wiki_ref_score", "rps_doc_wiki_ref_importance"):
+        with pytest.raises(UserError, match=rf"no signal {name} \(llm corpus train --name wiki_ref makes it"):
+            filter_file(source, signals, Recipe(rules=(Rule(signal=name, min=0),)), tmp_path / "out")
 
 
 def test_packaged_recipes_are_recipes() -> None:
