@@ -277,7 +277,7 @@ def _encode_picture(picture: np.ndarray, ending: str) -> bytes:
     image, content = Image.fromarray(picture), io.BytesIO()
     if ending == "webp":
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        image.save(content, "webp", quality=85)
+        image.save(content, "webp", quality=85, method=2)  # as small, a third faster than the default
     else:
         image.save(content, ending)
     return content.getvalue()

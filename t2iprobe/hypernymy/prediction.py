@@ -39,13 +39,17 @@ def predict(
     start = before + time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(study, dict(manifest), missing, sampler, scorers, Path(folder))
-        bench.settle()
+        drawn, seconds = bench.settle()
+        known = set(sampler.known_prompts)  # encoded while that was measured
         per_prompt = bench.measure_prompts()
-        (each,), step = bench.measure_pictures([study.steps or default_steps(sampler.pipeline)])
+        wanted = study.steps or default_steps(sampler.pipeline)
+        (few, each), step = bench.measure_pictures([FEW, wanted])
         _, report = bench.write_report(finish)
     plan = Run(Path("."), dict(manifest)).plan
-    prompts = per_prompt * len({plan[position].prompt for position in missing})
-    parts = {"start": start, "prompts": prompts, "pictures": each * len(missing), "report": report}
+    prompts = per_prompt * len({plan[position].prompt for position in missing} - known)
+    # The run, too, begins with small batches, of all steps.
+    pictures = seconds * each / few + each * max(0, len(missing) - drawn)
+    parts = {"start": start, "prompts": prompts, "pictures": pictures, "report": report}
     return {
         "predicted_seconds": sum(parts.values()),
         "seconds": parts,
@@ -79,24 +83,24 @@ class Bench:
         draw(self.run, self.missing[:count], self.sampler, self.scorers, study)
         return time.perf_counter() - begin
 
-    def settle(self) -> None:
-        """Draw until the batches have their size, or all pictures were drawn once."""
-        sizes, count = self.sampler.sizes, 0
+    def settle(self) -> tuple[int, float]:
+        """Draw until the batches have their size, or all pictures were drawn once: how many, and seconds."""
+        sizes, count, seconds = self.sampler.sizes, 0, 0.0
         while count < len(self.missing):
-            round_ = sizes.next(len(self.missing)) * self.sampler.lanes
-            self.draw(round_, FEW)
+            round_ = min(sizes.size * self.sampler.lanes, len(self.missing))
+            seconds += self.draw(round_, FEW)
             count += round_
             if sizes.settled:
                 break
         sizes.settled = True
+        return count, seconds
 
     def measure_prompts(self) -> float:
         """Return the seconds for each prompt that is new, over at most 32 of them."""
         prompts = dict.fromkeys(self.run.plan[position].prompt for position in self.missing)
         new = [prompt for prompt in prompts if prompt not in self.sampler.known_prompts][:32]
         begin = time.perf_counter()
-        for prompt in new:
-            self.sampler.encode([prompt])
+        self.sampler.encode(new)
         return (time.perf_counter() - begin) / len(new) if new else 0.0
 
     def measure_pictures(self, steps: Sequence[int | None]) -> tuple[list[float], float | None]:

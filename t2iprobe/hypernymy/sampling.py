@@ -133,6 +133,8 @@ class DiffusersSampler:
         self.workers = self.lanes if kind == "cpu" else self.lanes + 1
         self._free_lanes = threading.Semaphore(self.lanes)
         self._alone = dtype == "float32" and kind == "cpu"
+        # There text encoders stay in float32, whose rounding bfloat16 does not see; prompts have no masks.
+        self._together = kind == "cpu" and not self._alone and self._names == _GUIDED
         self.sizes = BatchSizes(
             batch_size or (DEFAULT_BATCH if self._alone else None),
             memory=find_memory(str(self._device)),
@@ -244,13 +246,18 @@ class DiffusersSampler:
         return self._embeddings.keys()
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Return the call's arguments for `prompts`. Every distinct prompt is encoded once, and alone."""
+        """Return the call's arguments for `prompts`. Every distinct prompt is encoded once."""
         import torch
 
         if not self._names:
             return {"prompt": list(prompts)}
         with self._encoding, torch.inference_mode():
-            found = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
+            lines = {
+                prompt: (prompt.splitlines() if self.average_lines else None) or [prompt]
+                for prompt in prompts
+            }
+            embedded = self._embed(list(itertools.chain(*lines.values())))
+            found = {prompt: _average([embedded[line] for line in parts]) for prompt, parts in lines.items()}
         arguments: dict[str, Any] = {}
         for column, name in enumerate(self._names):
             parts = [found[prompt][column] for prompt in prompts]
@@ -259,28 +266,28 @@ class DiffusersSampler:
                     arguments[name] = torch.cat(parts).to(self._device)  # type: ignore[arg-type]
         return arguments | accepted_arguments(self.pipeline, negative_prompt=None)
 
-    def _embed(self, prompt: str) -> "tuple[torch.Tensor | None, ...]":
-        """Return a prompt's embeddings, kept from before where there was room."""
-        if prompt in self._embeddings:
-            return self._embeddings[prompt]
-        lines = prompt.splitlines() if self.average_lines else [prompt]
-        if len(lines) > 1:
-            embedded = _average([self._embed(line) for line in lines])
-        else:
-            embedded = self._encode_one(prompt)
-        # What has no room is encoded again: a plan goes round its prompts, and whatever were thrown out for
-        # it would be the next to be asked for.
-        nbytes = sum(
-            part.numel() * part.element_size()
-            for part in embedded
-            if part is not None and not any(part is shared for shared in self._unconditional or ())
-        )
-        if self._embedded_bytes + nbytes <= EMBEDDINGS_BYTES:
-            self._embeddings[prompt] = embedded
-            self._embedded_bytes += nbytes
-        return embedded
+    def _embed(self, texts: Sequence[str]) -> "dict[str, tuple[torch.Tensor | None, ...]]":
+        """Return the texts' embeddings, kept from before where there was room."""
+        found = {text: self._embeddings[text] for text in texts if text in self._embeddings}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        size = max(1, len(new)) if self._together else 1
+        for start in range(0, len(new), size):
+            group = new[start : start + size]
+            for text, embedded in zip(group, self._encode(group), strict=True):
+                found[text] = embedded
+                # What has no room is encoded again: a plan goes round its prompts, and whatever were thrown
+                # out for it would be the next to be asked for.
+                nbytes = sum(
+                    part.numel() * part.element_size()
+                    for part in embedded
+                    if part is not None and not any(part is shared for shared in self._unconditional or ())
+                )
+                if self._embedded_bytes + nbytes <= EMBEDDINGS_BYTES:
+                    self._embeddings[text] = embedded
+                    self._embedded_bytes += nbytes
+        return found
 
-    def _encode_one(self, prompt: str) -> "tuple[torch.Tensor | None, ...]":
+    def _encode(self, texts: Sequence[str]) -> "list[tuple[torch.Tensor | None, ...]]":
         import torch
 
         shared = self._unconditional
@@ -292,20 +299,28 @@ class DiffusersSampler:
         arguments = defaults | {"device": self._device, "do_classifier_free_guidance": shared is None}
         known = inspect.signature(self.pipeline.encode_prompt).parameters
         encoded = self.pipeline.encode_prompt(
-            prompt, **{name: value for name, value in arguments.items() if name in known and name != "prompt"}
+            texts[0] if len(texts) == 1 else list(texts),
+            **{name: value for name, value in arguments.items() if name in known and name != "prompt"},
         )
         # Kept on the CPU: the embeddings of 860 prompts can be gigabytes. The unconditional ones are shared.
         parts = [part.cpu() if isinstance(part, torch.Tensor) else None for part in encoded]
         if shared is None:
-            self._unconditional = tuple(
-                part if name is not None and name.startswith("negative") else None
+            self._unconditional = shared = tuple(
+                part[:1] if part is not None and name is not None and name.startswith("negative") else None
                 for part, name in zip(parts, self._names, strict=False)
             )
-            return tuple(parts)
-        return tuple(
-            other if part is None else part
-            for part, other in itertools.zip_longest(parts, shared, fillvalue=None)
-        )
+        rows = [parts]
+        if len(texts) > 1:
+            rows = [
+                [part if part is None else part[row, None] for part in parts] for row in range(len(texts))
+            ]
+        return [
+            tuple(
+                part if other is None else other
+                for part, other in itertools.zip_longest(row, shared, fillvalue=None)
+            )
+            for row in rows
+        ]
 
 
 def _copy_for_a_batch(pipeline: Pipeline) -> Pipeline:
@@ -331,6 +346,8 @@ def _average(
     """Return the mean of prompts' embeddings, column by column."""
     import torch
 
+    if len(embeddings) == 1:
+        return embeddings[0]
     return tuple(
         None if column[0] is None else torch.stack(column).mean(dim=0)
         for column in zip(*embeddings, strict=True)
