@@ -5,6 +5,7 @@ same architecture, tokenizer, tokens and seeds for every arm, so that the arms d
 """
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -345,17 +346,26 @@ def describe_seeds(values: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def find_disagreement(arms: Sequence[Mapping[str, Any]]) -> str | None:
-    """Tell where perplexity and accuracy would choose different arms: never choose by perplexity alone."""
+    """Tell which arms perplexity and accuracy order differently: never choose by perplexity alone."""
     if len(arms) < 2:
         return None
     fluent = min(arms, key=lambda row: row["bits_per_byte"]["value"])
     right = max(arms, key=lambda row: row["accuracy"]["value"])
-    if fluent["arm"] == right["arm"]:
+    if fluent["arm"] != right["arm"]:
+        return (
+            f"{fluent['arm']} has the fewest bits per byte, {right['arm']} the highest accuracy: "
+            "perplexity alone would choose another"
+        )
+    pairs = [
+        f"{one['arm']} and {other['arm']}"
+        for one, other in itertools.combinations(arms, 2)
+        if (one["bits_per_byte"]["value"] - other["bits_per_byte"]["value"])
+        * (one["accuracy"]["value"] - other["accuracy"]["value"])
+        > 0
+    ]
+    if not pairs:
         return None
-    return (
-        f"{fluent['arm']} has the fewest bits per byte, {right['arm']} the highest accuracy: "
-        "perplexity alone would choose another"
-    )
+    return f"perplexity and accuracy both choose {right['arm']}, but disagree on {'; '.join(pairs)}"
 
 
 def tabulate(found: Mapping[str, Any]) -> str:

@@ -163,6 +163,12 @@ def test_differences_are_paired_and_disagreement_is_told() -> None:
     assert second["accuracy_difference"]["interval"] == pytest.approx([-0.1, -0.1])
     assert found["warning"].startswith("x has the fewest bits per byte, none the highest accuracy")
     assert find_disagreement(found["arms"][:1]) is None
+    arms = [
+        {"arm": name, "bits_per_byte": {"value": bits}, "accuracy": {"value": right}}
+        for name, bits, right in (("a", 3.0, 0.5), ("b", 3.1, 0.6), ("c", 2.9, 0.7))
+    ]
+    assert find_disagreement(arms) == "perplexity and accuracy both choose c, but disagree on a and b"
+    assert find_disagreement(arms[::2]) is None
 
 
 def test_mixes(tmp_path: Path) -> None:
