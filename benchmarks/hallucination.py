@@ -23,6 +23,7 @@ from t2iprobe.storage import write_atomically
 
 #: What guessing scores, where there is something to guess.
 CHANCE = {
+    "truthfulqa_mc1": 0.255,  # the mean over its questions of one over the number of choices
     "fever11": 0.5,
     "truefalse_cieacf": 0.5,
     "halueval_qa": 0.5,
