@@ -104,7 +104,7 @@ def _serve(
     def ready(node: Any, server: Any) -> None:
         told.put((node.address, node._p2p._child.pid))
 
-    defaults = {"dtype": "float64", "period_seconds": 1.0, "balance_seconds": 1.0}
+    defaults = {"dtype": "float64", "period_seconds": 2.0, "balance_seconds": 1.0}
     make = {} if fault is None else {"make_server": FAULTS[fault]}
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -122,12 +122,17 @@ def join(
         ready(node, server)
         mover = None if is_fixed else _Mover(node, server, how, load)
         while not stop.wait(how.period_seconds):
-            with contextlib.suppress(TimeoutError):
+            try:
                 _announce(node, server, how)
                 if mover is not None:
                     mover.look(stop)
+            except TimeoutError:
+                pass  # the next one may come through
+            except Exception:
+                if not stop.wait(1):  # Ctrl-C has ended the daemon, too
+                    raise
         server.state = "offline"
-        with contextlib.suppress(Exception):  # Ctrl-C has ended the daemon, too
+        with contextlib.suppress(Exception):  # the daemon may have ended before
             _announce(node, server, how)
 
 

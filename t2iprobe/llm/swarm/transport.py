@@ -6,7 +6,6 @@ All of it runs in one asyncio loop in a thread of the node's own; the methods ma
 import asyncio
 import contextlib
 import logging
-import signal
 import threading
 import time
 import warnings
@@ -78,7 +77,9 @@ class Node:
         self._dht: Any = None
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="swarm node", daemon=True)
+        # hivemind's own tasks end in errors when their daemon does, as by Ctrl-C, and nobody asks for them.
+        self._loop.set_exception_handler(_note_error)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm node", daemon=True)
         self._thread.start()
         try:
             self.run(self._start(peers, host, port, identity), _START_SECONDS)
@@ -131,11 +132,6 @@ class Node:
         )
         self.peer_id = str(self._p2p.peer_id)
         self.addresses = tuple(str(each) for each in await self._p2p.get_visible_maddrs())
-
-    def _run_loop(self) -> None:
-        # A terminal's Ctrl-C reaches the daemon too, which inherits this mask: we tell it of the end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        self._loop.run_forever()
 
     @property
     def address(self) -> str:
@@ -199,8 +195,6 @@ class Node:
 
     async def _stop(self) -> bool:
         """End the daemon and all tasks. Returns whether all have ended."""
-        # hivemind's own tasks end in errors when their daemon does, and nobody asks for them.
-        self._loop.set_exception_handler(lambda loop, context: None)
         for stream in self._streams:
             stream._writer.close()
         with contextlib.suppress(Exception):
@@ -297,6 +291,11 @@ class Stream:
         """Give the stream up, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended before
             self.node._loop.call_soon_threadsafe(self._writer.close)
+
+
+def _note_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a task ended in that nobody waits for."""
+    logging.getLogger(__name__).debug(context["message"], exc_info=context.get("exception"))
 
 
 async def send_frame(writer: asyncio.StreamWriter, frame: Frame, eight_bits: Sequence[int] = ()) -> int:

@@ -1,6 +1,7 @@
 """Text through real servers: what one process writes, whoever dies, stalls or lies on the way."""
 
 import collections
+import itertools
 import signal
 import threading
 import time
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from language_toys import VOCABULARY, make_toy, save_toy, write_plainly
+from language_toys import VOCABULARY, blur, make_toy, save_toy, write_plainly
 from scipy.stats import chisquare
 from swarm_toys import Server, Servers, wait_until
 
@@ -23,6 +24,7 @@ from t2iprobe.llm.memory.placement import Placement, Shares
 from t2iprobe.llm.models import find_language_model
 from t2iprobe.llm.swarm.client import load_swarm_engine
 from t2iprobe.llm.swarm.frames import Frame, Kind, Limits, encode_frame
+from t2iprobe.llm.swarm.routing import Hop
 from t2iprobe.llm.swarm.session import Counters, Settings
 
 pytest.importorskip("hivemind")
@@ -130,30 +132,60 @@ def test_a_draft_that_is_often_wrong_changes_nothing(client, plain):
 
 
 def test_sampled_text_has_the_targets_own_distribution(client):
-    """Two tokens of many prompts at once, by their joint distribution."""
-    model, rows, top = make_toy(layers=BLOCKS), 400, 3
+    """Three tokens of many prompts at once, by their joint distribution; a draft is right now and then."""
+    model, rows, top, count = make_toy(layers=BLOCKS), 400, 2, 3
+    draft = ModelDraft(Decoder(blur(make_toy(layers=BLOCKS))))
     sampling = Sampling(temperature=1.0, top_k=top)
     found = generate(
-        client.target, LookupDraft(VOCABULARY), [PROMPT] * rows, max_new_tokens=2, sampling=sampling,
+        client.target, draft, [PROMPT] * rows, max_new_tokens=count, sampling=sampling,
         trees=Trees("best-first", 4),
     )  # fmt: skip
-    pairs = collections.Counter(tuple(made.token_ids) for made in found)
-
-    def top_probs(text):
-        values, tokens = model(text[None]).logits[0, -1].topk(top)
-        return list(zip(tokens.tolist(), values.softmax(0).tolist(), strict=True))
-
-    expected = {}
-    for one, p in top_probs(PROMPT):
-        for two, q in top_probs(torch.cat([PROMPT, torch.tensor([one])])):
-            expected[one, two] = p * q * rows
-    assert set(pairs) <= set(expected)
-    likely = [pair for pair, count in expected.items() if count >= 5]
-    seen, awaited = [pairs[pair] for pair in likely], [expected[pair] for pair in likely]
-    seen.append(rows - sum(seen))
+    seen = collections.Counter(tuple(made.token_ids) for made in found)
+    expected = {(): float(rows)}
+    for _ in range(count):
+        longer = {}
+        for text, share in expected.items():
+            logits = model(torch.cat([PROMPT, torch.tensor(text, dtype=torch.int64)])[None]).logits[0, -1]
+            values, tokens = logits.topk(top)
+            for token, p in zip(tokens.tolist(), values.softmax(0).tolist(), strict=True):
+                longer[(*text, token)] = share * p
+        expected = longer
+    assert set(seen) <= set(expected)
+    likely = [text for text, share in expected.items() if share >= 5]
+    assert len(likely) >= 4
+    counts, awaited = [seen[text] for text in likely], [expected[text] for text in likely]
+    counts.append(rows - sum(counts))
     awaited.append(rows - sum(awaited))
-    assert chisquare([s for s, a in zip(seen, awaited, strict=True) if a > 1e-9],
-                     [a for a in awaited if a > 1e-9]).pvalue > 1e-3  # fmt: skip
+    if awaited[-1] < 1e-9:
+        assert counts.pop() == 0
+        awaited.pop()
+    assert chisquare(counts, awaited).pvalue > 1e-3
+
+
+@pytest.mark.slow
+def test_any_partition_of_the_blocks_writes_what_one_process_does(servers, toy, plain, monkeypatch):
+    """All ways to cut six blocks into up to three spans, a process for each; greedy and sampled."""
+    first = servers.start("0:6")
+    pool = [first, *servers.start_many(["0:6", "0:6"], [first.address])]
+    sampling, own, count = Sampling(temperature=1.0, seed=5), Decoder(make_toy(layers=BLOCKS)), 6
+    sampled = generate(own, None, [PROMPT], max_new_tokens=count, sampling=sampling)[0].token_ids
+    assert sampled != plain[:count]
+    with Client(toy, first.address) as client:
+        swarm, partitions = client.target.swarm, 0
+        wait_until(lambda: swarm.refresh() or len(swarm.servers) == 3)
+        for cuts in itertools.chain.from_iterable(
+            itertools.combinations(range(1, BLOCKS), n) for n in range(3)
+        ):
+            spans = itertools.pairwise([0, *cuts, BLOCKS])
+            hops = [Hop(server.peer, *span) for server, span in zip(pool, spans, strict=False)]
+            monkeypatch.setattr(swarm, "route", lambda *_, hops=hops: hops)
+            before = client.counters.round_trips
+            assert client.write(count=count) == plain[:count]
+            assert client.write(count=count, sampling=sampling) == sampled
+            assert client.counters.round_trips - before == 2 * count * len(hops)
+            partitions += 1
+        assert partitions == 1 + 5 + 10
+        assert client.counters.reroutes == 0
 
 
 @pytest.mark.slow
@@ -295,23 +327,25 @@ def test_a_server_that_goes_is_replaced_at_any_step(servers, toy, plain, watch, 
 
 
 @pytest.mark.slow
-def test_two_at_once_and_the_replacement_too(servers, toy, plain, watch):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_two_at_once_and_the_replacement_too(servers, toy, plain, watch, number):
     # A route may leave 0:6 in the middle for a faster 3:6: three of those that hold block 5 may be lost.
     pool = start_pairs(servers, "0:3", "3:6", "0:3", "3:6", "0:6", "3:6")
-    with watch(Client(toy, pool[0].address)) as client:
-        killed = []
+    settings = STALLS if number == signal.SIGSTOP else QUICK
+    with watch(Client(toy, pool[0].address, settings=settings)) as client:
+        lost = []
 
         def hit(step: int) -> None:
             if step == 8:
-                killed.extend({serving(client, pool, block).peer for block in (0, 5)})
+                lost.extend({serving(client, pool, block).peer for block in (0, 5)})
                 for each in pool:
-                    if each.peer in killed:
-                        each.send(signal.SIGKILL)
+                    if each.peer in lost:
+                        each.send(number)
             if step == 9:
                 victim = serving(client, pool, 5)
-                assert victim.peer not in killed
-                killed.append(victim.peer)
-                victim.send(signal.SIGKILL)
+                assert victim.peer not in lost
+                lost.append(victim.peer)
+                victim.send(number)
 
         assert client.write(before=hit) == plain
         assert client.counters.reroutes >= 2
@@ -344,7 +378,8 @@ def test_a_replacement_that_dies_while_it_reads_again_is_replaced(servers, toy, 
 @pytest.mark.slow
 def test_a_server_that_joins_late_with_other_borders_saves_the_text(servers, toy, plain, watch):
     pool = start_pairs(servers, "1:4", "3:6")
-    with watch(Client(toy, pool[0].address)) as client:
+    settings = replace(QUICK, recover_seconds=120.0)  # on a busy machine processes begin slowly
+    with watch(Client(toy, pool[0].address, settings=settings)) as client:
 
         def hit(step: int) -> None:
             if step == 6:
@@ -388,7 +423,7 @@ def test_a_tree_that_is_pending_is_read_again_too(servers, toy, watch):
             positions = torch.tensor([[0, 1, 1]]) + torch.tensor([[9], [4]])
             decoder.forward(tokens, positions, mask, cache)
             if decoder is target:
-                serving(client, pool, 0).send(signal.SIGKILL)
+                serving(client, pool, 3).send(signal.SIGKILL)
             further = torch.cat([mask[:, 1:], torch.eye(2, dtype=torch.bool).expand(2, -1, -1)], 2)
             found.append(decoder.forward(tokens[:, :2], positions[:, 1:] + 1, further, cache))
             cache.keep([[0, 2], [0, 1, 3]])
@@ -417,7 +452,7 @@ def test_what_a_broken_server_sends_is_not_believed(servers, toy, plain, watch, 
 @pytest.mark.slow
 def test_blocks_that_nobody_serves_are_named_in_time(servers, toy, watch):
     pool = start_pairs(servers, "1:3", "3:6")
-    settings = replace(QUICK, recover_seconds=3.0)
+    settings = replace(QUICK, recover_seconds=3.0, ban_seconds=60.0)
     with watch(Client(toy, pool[0].address, settings=settings)) as client:
 
         def hit(step: int) -> None:
@@ -427,7 +462,7 @@ def test_blocks_that_nobody_serves_are_named_in_time(servers, toy, watch):
         began = time.monotonic()
         with pytest.raises(UserError, match=r"nobody serves blocks 3–5 of .*--blocks 3:6"):
             client.write(before=hit)
-        assert time.monotonic() - began < 25
+        assert time.monotonic() - began < 45
 
 
 @pytest.mark.slow
@@ -435,7 +470,7 @@ def test_a_full_cache_sends_sessions_elsewhere(servers, toy, plain):
     from t2iprobe.llm.swarm.server import ServerSettings
 
     small = servers.start("0:6", settings=ServerSettings(cache_bytes=1000))
-    settings = replace(QUICK, recover_seconds=2.0)
+    settings = replace(QUICK, recover_seconds=2.0, attempts=3)
     with Client(toy, small.address, settings=settings) as client:
         with pytest.raises(UserError, match="full: the cache has 1000 of"):
             client.write()
@@ -515,10 +550,9 @@ def test_a_step_said_twice_leaves_no_trace(client, three):
 
 @pytest.mark.slow
 def test_a_half_open_stream_keeps_no_session(servers, toy):
-    from t2iprobe.llm.swarm.registry import find_servers
     from t2iprobe.llm.swarm.server import ServerSettings
 
-    server = servers.start("0:2", settings=ServerSettings(session_seconds=2.0, frame_seconds=1.0))
+    server = servers.start("0:2", settings=ServerSettings(session_seconds=4.0, frame_seconds=4.0))
     with Client(toy, server.address) as client:
         swarm = client.target.swarm
         swarm.refresh()
@@ -529,7 +563,7 @@ def test_a_half_open_stream_keeps_no_session(servers, toy):
             stream._writer.write(data)
 
         def sessions() -> int:
-            return find_servers(swarm.node, swarm.key)[server.peer].sessions
+            return ask(client, server, encode_frame(Frame(Kind.PING))).fields["sessions"]
 
         wait_until(lambda: sessions() == 2)
         wait_until(lambda: sessions() == 0)  # though the client holds its streams open
