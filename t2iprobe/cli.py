@@ -439,10 +439,12 @@ def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
     plan = plan_study(study, out, process_seconds=process_seconds())
     seconds = plan["predicted_seconds"]
     cost = "none" if seconds is None else f"{duration(seconds)} ({plan['batch_size']} pictures at once)"
+    first = plan.get("until", {}).get("seconds_first")
     lines = [
         f"{plan['pictures']} pictures of {plan['synsets']} synsets, {plan['stored']} of them stored",
         f"first prompt: {plan['first_prompt']}",
         *([describe_rule(plan["until"])] if "until" in plan else []),
+        *([f"time to its first look: {duration(first)}"] if first is not None else []),
         f"time left here: {cost}",
         *(f"  {key}: {plain(value)}" for key, value in plan["configuration"].items() if value is not None),
     ]

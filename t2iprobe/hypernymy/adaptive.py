@@ -312,6 +312,7 @@ def _read_against(run: Run, until: Until, names: Sequence[str], limit: int) -> A
         if halves is None or len(halves.owner) != len(names):
             raise UserError(f"{path} drew until something else: its means do not compare")
         part = allocation.estimate_mean(Halves(values, halves.owner))
+        # Numbers that both follow what the same noise shows: intervals that count pairs hold in 91 % only.
         pairs = np.full_like(values, np.nan)
         against = Against(part.means, part.variances, halves.counts.sum(axis=0), pairs)
     else:

@@ -18,7 +18,7 @@ interval is wide. Three things keep the interval honest.
 A unit is what one index draws of a synset: one picture for each template. All numbers here are of units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -34,6 +34,7 @@ PILOT_SHARE = 5  # an equal design's number is this many times the pilot's
 GROWTH = 2.0  # no look plans more than this many times the units there are
 REACH = 1.02  # units of a further look, at least
 RULE_OF_THREE = 3.0
+LEAST_BEYOND = 0.01  # of a variance, beyond the units that another run shares the noise of
 
 Counts = NDArray[np.int64]
 
@@ -217,7 +218,7 @@ def follow_mean(
         if units >= PILOT and 2 * PILOT_SHARE * units > needed and units >= floor:
             break
         course.wanted = np.full(count, min(units + 1 if units < PILOT else 2 * units, limit))
-    planned = plan_units(halves)
+    planned = plan_units(halves, against)
     while True:
         estimate = course.estimate
         assert estimate is not None
@@ -262,24 +263,38 @@ def estimate_mean(halves: Halves, against: Against | None = None) -> Estimate:
 
 def _covariances(halves: Halves, against: Against) -> Floats:
     """[S] covariance of our mean with the other run's, where units have the same prompt and seed."""
+    total = np.zeros(len(halves.values))
+    for half, (count, covariance) in enumerate(_pair_up(halves, against)):
+        total += covariance * count / halves.counts[half] / against.units / 2
+    return total
+
+
+def _pair_up(halves: Halves, against: Against) -> Iterator[tuple[Counts, Floats]]:
+    """Yield for each half how many of its units [S] have a partner, and the covariance [S] of a pair."""
     length = min(halves.values.shape[1], against.values.shape[1])
     ours, theirs = halves.values[:, :length], against.values[:, :length]
-    total = np.zeros(len(ours))
     for half in (0, 1):
         pairs = (halves.owner[:, :length] == half) & ~np.isnan(theirs)
         count = pairs.sum(axis=1)
         mean = [np.where(pairs, values, 0.0).sum(axis=1) / np.maximum(count, 1) for values in (ours, theirs)]
         products = np.where(pairs, (ours - mean[0][:, None]) * (theirs - mean[1][:, None]), 0.0)
         covariance = products.sum(axis=1) / np.maximum(count - 1, 1)
-        total += np.where(count > 1, covariance, 0.0) * count / halves.counts[half] / against.units / 2
-    return total
+        yield count, np.where(count > 1, covariance, 0.0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Variances of a unit [2, S] that the other half's pilot predicts for each half."""
+    """What a further unit is expected to be worth.
+
+    Attributes:
+        predicted: [2, S] variance of a unit of each half, as the other half's pilot predicts it.
+        paired: [S] units whose noise the other run shares; infinite without another run.
+        beyond: what the spread counts for beyond these: a mean of more units shares less with that run's.
+    """
 
     predicted: Floats
+    paired: Floats
+    beyond: float = 1.0
 
     def variances(self, counts: Counts) -> Floats:
         """[S] variance of a synset's mean with `counts` [2, S] units."""
@@ -292,14 +307,16 @@ class Plan:
         """
         from scipy import stats
 
-        spread = np.sqrt(self.predicted)
+        spread, own = np.sqrt(self.predicted), self.paired / 2
         caps = np.array([[(limit + 1) // 2], [limit // 2]])
         aim = (half_width * counts.shape[1] / stats.norm.ppf((1 + LEVEL) / 2)) ** 2 - fixed
         most = GROWTH * counts.sum()
 
         def scale(factor: float) -> Counts:
+            wished = factor * spread
+            wished = np.where(wished > own, np.maximum(own, self.beyond * wished), wished)
             # The margin keeps a machine's rounding from deciding.
-            wanted = np.ceil(factor * spread - 1e-9).astype(np.int64)
+            wanted = np.ceil(wished - 1e-9).clip(max=limit).astype(np.int64)
             return np.maximum(np.minimum(wanted, caps), counts)
 
         def enough(factor: float) -> bool:
@@ -308,7 +325,7 @@ class Plan:
             narrow = ratio * self.variances(wanted).sum() <= aim
             return total >= REACH * counts.sum() and (narrow or total >= most)
 
-        highest = caps.max() / max(float(spread[spread > 0].min(initial=1.0)), 1e-6)
+        highest = caps.max() / max(float(spread[spread > 0].min(initial=1.0)), 1e-6) / self.beyond
         if not enough(highest):
             return np.maximum(np.broadcast_to(caps, counts.shape), counts)
         return scale(_find_least(enough, highest))
@@ -323,24 +340,33 @@ def _find_least(enough: Callable[[float], bool], highest: float) -> float:
     return float(np.exp(high))
 
 
-def plan_units(halves: Halves) -> Plan:
+def plan_units(halves: Halves, against: Against | None = None) -> Plan:
     """Predict the variance of each half of each synset from the pilot of the other half.
 
     The prediction is the best mix of a constant, the other half's variance, and what its mean m allows,
     m (1 − m): two pictures say little of a spread, but m near 0 says that there is little. The mix is fitted
     over all synsets in both directions, by least squares with weights 1 / prediction², no part negative.
+
+    With another run that shares the noise of N units, the variance of a synset's difference falls with n
+    units as v / n up to N, and as (v − 2 c) / n beyond, c the covariance of a pair: c / v is that of all.
     """
     from scipy.optimize import nnls
 
+    paired, beyond = np.full(halves.values.shape[0], np.inf), 1.0
+    if against is not None:
+        pairs = (~np.isnan(against.values)).sum(axis=1)
+        paired = np.where(pairs > 0, pairs, np.inf)
+        shared = float(sum(covariance.sum() for _, covariance in _pair_up(halves, against))) / 2
+        beyond = np.sqrt(max(1 - 2 * shared / max(float(halves.pooled.sum()), 1e-12), LEAST_BEYOND))
     means, seen = halves.means[::-1], halves.variances[::-1]  # of the other half
     columns = np.stack([np.ones_like(seen), seen, means * (1 - means)], axis=-1).reshape(-1, 3)
     found = halves.variances.ravel()
     average = float(found.mean())
     if average == 0:
-        return Plan(np.ones_like(seen))
+        return Plan(np.ones_like(seen), paired, beyond)
     weights = np.ones(len(found))
     for _ in range(4):
         mix, _ = nnls(columns * weights[:, None], found * weights)
         predicted = columns @ mix
         weights = average / (predicted + 0.1 * average)
-    return Plan(np.maximum(predicted, 1e-4 * average).reshape(seen.shape))
+    return Plan(np.maximum(predicted, 1e-4 * average).reshape(seen.shape), paired, beyond)

@@ -340,4 +340,7 @@ def plan_study(
         from t2iprobe.hypernymy.prediction import predict
 
         found |= predict(study, manifest, missing, time.perf_counter() - begin)
+        if study.until is not None and not found["stored"]:
+            later = found["seconds"]["pictures"] * (1 - found["until"]["pictures_first"] / len(missing))
+            found["until"]["seconds_first"] = found["predicted_seconds"] - later
     return found

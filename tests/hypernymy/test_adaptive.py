@@ -285,6 +285,10 @@ def test_a_plan_says_that_it_may_end_before(tiny_model: Path, tmp_path: Path) ->
 
     assert plan["pictures"] == 18
     assert plan["until"] == {"rule": "isp ± 0.3", "pictures_first": 6, "pictures_most": 18}
+    told = plan_study(make_study(tiny_model, until="isp ± 0.3"), tmp_path / "run")
+    assert told["until"]["seconds_first"] == pytest.approx(
+        told["predicted_seconds"] - told["seconds"]["pictures"] * 12 / 18
+    )
 
 
 @pytest.mark.slow

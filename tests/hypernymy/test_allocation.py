@@ -168,3 +168,21 @@ def test_a_difference_covers_and_counts_pairs():
     for together in covered:
         assert 0.87 <= np.mean(covered[together]) <= 1
     assert np.mean(widths[0.8]) < 0.6 * np.mean(widths[0.0])
+
+
+def test_pictures_that_share_noise_come_first(means, monkeypatch):
+    """Beyond the pairs more of ours say little of a difference: other synsets get them."""
+    values = draw_skewed(np.random.default_rng(6), means, 200)
+    rest = draw_skewed(np.random.default_rng(7), means, 16)
+    theirs = np.where(np.random.default_rng(8).random(rest.shape) < 0.8, values[:, :16], rest)
+    moments = theirs.mean(axis=1), theirs.var(axis=1, ddof=1) / 16, np.full(SYNSETS, 16)
+
+    def follow(known):
+        return follow_mean(values, np.full(SYNSETS, 200), 200, 0.003, Against(*moments, known))
+
+    paired, alone = follow(theirs), follow(np.full_like(theirs, np.nan))
+    monkeypatch.setattr(allocation, "LEAST_BEYOND", 1.0)
+    by_spread = follow(theirs)
+    assert (paired.reason, paired.wanted.max()) == ("reached", 16)
+    assert alone.wanted.max() == 200  # theirs alone leave more than that, where nothing is known of pairs
+    assert by_spread.wanted.sum() > paired.wanted.sum()
