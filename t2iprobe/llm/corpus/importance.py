@@ -90,7 +90,7 @@ def _sigmoid(margin: float) -> float:
 def find_target_name(signal: str) -> str | None:
     """Return the name of the target that a signal is of, None for a signal that needs none."""
     match = re.fullmatch(r"rps_doc_(?:ml_(\w+)_score|(\w+?)_importance(?:_length_correction)?)", signal)
-    return match and (match[1] or match[2])
+    return (match[1] or match[2]) if match else None
 
 
 def train_target(name: str, target: Source, source: Source, out: Path, limit: int = LIMIT) -> dict[str, Any]:
