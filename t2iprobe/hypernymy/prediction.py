@@ -100,7 +100,8 @@ class Bench:
         prompts = dict.fromkeys(self.run.plan[position].prompt for position in self.missing)
         new = [prompt for prompt in prompts if prompt not in self.sampler.known_prompts][:32]
         begin = time.perf_counter()
-        self.sampler.encode(new)
+        if new:
+            self.sampler.encode(new)
         return (time.perf_counter() - begin) / len(new) if new else 0.0
 
     def measure_pictures(self, steps: Sequence[int | None]) -> tuple[list[float], float | None]:

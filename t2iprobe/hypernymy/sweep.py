@@ -264,7 +264,7 @@ def _predict(
     begin: float,
 ) -> dict[str, Any]:
     """Predict the seconds of a sweep that began at `begin` and lacks these plan positions of its cells."""
-    from t2iprobe.hypernymy.prediction import Bench
+    from t2iprobe.hypernymy.prediction import FEW, Bench
 
     networks = Networks(study, manifests[0]["identity"]["dtype"])
     sampler = networks.sampler
@@ -284,12 +284,16 @@ def _predict(
             networks.turn_to(cell.study)
             place = Path(folder) / str(number)
             bench = Bench(cell.study, manifests[members[0]], lacking, sampler, networks.scorers, place)
-            bench.settle()
+            drawn, settling = bench.settle()
             if number == 0:
-                parts["prompts"] = bench.measure_prompts() * len(prompts)
+                known = set(sampler.known_prompts)  # encoded while that was measured
+                parts["prompts"] = bench.measure_prompts() * len(prompts - known)
                 parts["report"] = _measure_pages(bench, cells, axes, place)
             own = default_steps(sampler.pipeline)
-            each, _ = bench.measure_pictures([cells[index].study.steps or own for index in members])
+            steps = [FEW, *(cells[index].study.steps or own for index in members)]
+            (few, *each), _ = bench.measure_pictures(steps)
+            if number == 0:  # the sweep, too, begins with small batches
+                parts["pictures"] += each[0] * (settling / few - min(drawn, len(lacking)))
             parts["pictures"] += sum(
                 seconds * len(missing[index]) for seconds, index in zip(each, members, strict=True)
             )

@@ -136,13 +136,13 @@ def test_a_whole_sweep_loads_nothing_again(swept, tiny_model, monkeypatch):
 
 def count_encoded(monkeypatch):
     calls = []
-    encode = module.DiffusersSampler._encode_one
+    encode = module.DiffusersSampler._encode
 
-    def count(self, prompt, *more, **named):
-        calls.append(prompt)
-        return encode(self, prompt, *more, **named)
+    def count(self, prompts):
+        calls.extend(prompts)
+        return encode(self, prompts)
 
-    monkeypatch.setattr(module.DiffusersSampler, "_encode_one", count)
+    monkeypatch.setattr(module.DiffusersSampler, "_encode", count)
     return calls
 
 
