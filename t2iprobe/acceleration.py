@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -63,23 +64,38 @@ def _find_pairs(
     return pairs
 
 
-def fuse_clamps(network: "torch.nn.Module", inputs: "torch.Tensor") -> None:
-    """Let convolutions clamp what they make where a ReLU6 stands right behind them, in place, on a CPU.
+def fuse_clamps(network: "torch.nn.Module", inputs: "torch.Tensor") -> "torch.nn.Module":
+    """Return a copy of a network in which convolutions clamp what they make where a ReLU6 stands behind them.
 
-    oneDNN does it while it writes the maps; on its own a clamp in bfloat16 takes as long as a convolution.
-    Padding on one side, as TensorFlow's, is a row and a column of zeros in the kernel, not a copy of the
-    maps. For maps of other sizes than those from `inputs` [n, 3, H, W] the layers do what they did. Nothing
-    is done where torch has no oneDNN. The weights must not change any more.
+    For CPUs: oneDNN does it while it writes the maps; on its own a clamp in bfloat16 takes as long as a
+    convolution. Padding on one side, as TensorFlow's, is a row and a column of zeros in the kernel, not a
+    copy of the maps. For maps of other sizes than those from `inputs` [n, 3, H, W] the layers do what they
+    did. The weights must not change any more. Where the copy says something else, or torch has no oneDNN,
+    the network itself is returned.
     """
     import torch
 
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return
-    parents = {child: parent for parent in network.modules() for child in parent.children()}
+        return network
+    fused = copy.deepcopy(network)
+    parents = {child: parent for parent in fused.modules() for child in parent.children()}
     with torch.no_grad():
-        for convolution, clamp, size in _find_pairs(network, inputs, torch.nn.ReLU6):
-            _replace(parents[convolution], convolution, _clamping(convolution, clamp, size))
-            _replace(parents[clamp], clamp, torch.nn.Identity())
+        before = fused(inputs).float()
+        pairs = _find_pairs(fused, inputs, torch.nn.ReLU6)
+        uses = Counter(id(module) for pair in pairs for module in pair[:2])
+        for convolution, clamp, size in pairs:
+            if uses[id(convolution)] == uses[id(clamp)] == 1 and _is_plain(convolution):
+                _replace(parents[convolution], convolution, _clamping(convolution, clamp, size))
+                _replace(parents[clamp], clamp, torch.nn.Identity())
+        after = fused(inputs).float()
+    return fused if (after - before).abs().mean() <= 0.05 * before.std() else network
+
+
+def _is_plain(convolution: Any) -> bool:
+    kind = type(convolution).__name__
+    if kind not in ("Conv2d", "Conv2dSame") or convolution.padding_mode != "zeros":
+        return False
+    return not isinstance(convolution.padding, str) and set(convolution.dilation) == {1}
 
 
 def _clamping(convolution: Any, clamp: "torch.nn.Module", size: "torch.Size") -> "torch.nn.Module":
@@ -88,17 +104,14 @@ def _clamping(convolution: Any, clamp: "torch.nn.Module", size: "torch.Size") ->
     from torch.nn import functional
 
     weight, stride, padding = convolution.weight, convolution.stride, convolution.padding
-    if (
-        type(convolution).__name__ == "Conv2dSame"
-    ):  # timm's: a total that depends on the size, the odd one behind
-        spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], convolution.dilation, strict=True)]
+    if type(convolution).__name__ == "Conv2dSame":  # timm's: what the size asks for, the odd one behind
         totals = [
             max((-(-side // step) - 1) * step + span - side, 0)
-            for side, step, span in zip(size, stride, spans, strict=True)
+            for side, step, span in zip(size, stride, weight.shape[2:], strict=True)
         ]
-        before, extra = [total // 2 for total in totals], [total % 2 for total in totals]
+        extra = [total % 2 for total in totals]
         weight = functional.pad(weight, (extra[1], 0, extra[0], 0))
-        padding = tuple(pad + odd for pad, odd in zip(before, extra, strict=True))
+        padding = tuple(-(-total // 2) for total in totals)
 
     class Clamping(torch.nn.Module):
         def __init__(self) -> None:
@@ -303,7 +316,8 @@ def _share_guidance(unet: Any) -> None:
 def _compare_halves(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     import torch
 
-    latents, time = (*given, named.get("sample"), named.get("timestep"))[:2]
+    called = dict(zip(("sample", "timestep"), given, strict=False)) | named
+    latents, time = called["sample"], called["timestep"]
     half = len(latents) // 2
     _guidance.halves_agree = (
         torch.is_inference_mode_enabled()

@@ -54,7 +54,7 @@ class Classifier:
         self._network.to(memory_format=torch.channels_last)
         if dtype == "bfloat16" and device == "cpu":
             with inference_context(device, dtype):
-                fuse_clamps(self._network, self._prepare(list(example)))
+                self._network = fuse_clamps(self._network, self._prepare(list(example)))
 
     def score(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Return logits float32 [n, C] for pictures uint8 [H, W, 3], which may differ in size."""

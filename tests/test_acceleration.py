@@ -70,10 +70,9 @@ def test_fused_clamps_are_gone_and_nothing_changes_to_rounding(side: int) -> Non
     """TensorFlow's padding too, at stride 2 on one side for even sizes; 64 is not what it was fused for."""
     network = fold_norms(shake(timm.create_model("tf_efficientnet_lite0")), torch.randn(1, 3, 96, 96))
     network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    fused = copy.deepcopy(network)
     pictures = torch.randn(3, 3, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        fuse_clamps(fused, pictures[:, :, :96, :96] if side > 64 else pictures.new_zeros(1, 3, 96, 96))
+        fused = fuse_clamps(network, pictures if side > 64 else torch.randn(1, 3, 96, 96).bfloat16())
         expected, found = network(pictures).float(), fused(pictures).float()
         exact = network.float()(pictures.float())
 
@@ -93,11 +92,28 @@ def test_a_fused_layer_is_its_convolution_and_clamp(
     convolution = create_conv2d(8, 16, kernel, stride=stride, padding="same", groups=groups, bias=True)
     plain = torch.nn.Sequential(convolution, torch.nn.ReLU6()).requires_grad_(False)
     maps = 3 * torch.randn(2, 8, *size)
-    fused = copy.deepcopy(plain)
     with torch.inference_mode():
-        fuse_clamps(fused, maps)
+        fused = fuse_clamps(plain, maps)
         assert type(fused[0]).__name__ == "Clamping"
         assert torch.allclose(fused(maps), plain(maps), atol=1e-5)
+
+
+def test_what_is_read_between_convolution_and_clamp_is_not_fused() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1)
+            self.clamp, self.shared = torch.nn.ReLU6(), shared
+
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            made = 9 * self.first(pictures) if self.shared else self.first(pictures)
+            made = self.clamp(self.second(self.clamp(made))) if self.shared else self.clamp(made) + made
+            return made.mean((2, 3))
+
+    between, pictures = Twice(False).requires_grad_(False), 9 * torch.randn(2, 3, 8, 8)
+    assert fuse_clamps(between, pictures) is between
+    shared = Twice(True).requires_grad_(False)
+    assert torch.allclose(fuse_clamps(shared, pictures)(pictures), shared(pictures), atol=1e-4)
 
 
 def suited_unet() -> tuple[Any, Any, dict[str, Any]]:
@@ -129,6 +145,10 @@ def test_a_unet_that_suits_the_cpu_says_the_same_of_any_batch() -> None:
     plain, suited, batch = suited_unet()
     for time in (10, 500):
         assert torch.allclose(run(suited, batch, time), run(plain, batch, time), atol=1e-5)
+    with torch.inference_mode():
+        positional = suited(batch["sample"], 10, batch["encoder_hidden_states"]).sample
+        mixed = suited(batch["sample"], timestep=10, encoder_hidden_states=batch["encoder_hidden_states"])
+    assert torch.equal(positional, mixed.sample)
     batch["sample"][0, 0, 0, 0] += 1  # the halves are no longer the same
     assert torch.allclose(run(suited, batch), run(plain, batch), atol=1e-5)
     odd = {name: part[:3].clone() for name, part in batch.items()}
