@@ -47,8 +47,8 @@ def predict(
         _, report = bench.write_report(finish)
     plan = Run(Path("."), dict(manifest)).plan
     prompts = per_prompt * len({plan[position].prompt for position in missing} - known)
-    # The run, too, begins with small batches, of all steps.
-    pictures = seconds * each / few + each * max(0, len(missing) - drawn)
+    # The run, too, sets its kernels up and begins with small batches.
+    pictures = each * len(missing) + max(0.0, seconds - few * drawn)
     parts = {"start": start, "prompts": prompts, "pictures": pictures, "report": report}
     return {
         "predicted_seconds": sum(parts.values()),

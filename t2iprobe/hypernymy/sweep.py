@@ -292,8 +292,8 @@ def _predict(
             own = default_steps(sampler.pipeline)
             steps = [FEW, *(cells[index].study.steps or own for index in members)]
             (few, *each), _ = bench.measure_pictures(steps)
-            if number == 0:  # the sweep, too, begins with small batches
-                parts["pictures"] += each[0] * (settling / few - min(drawn, len(lacking)))
+            if number == 0:  # the sweep, too, sets its kernels up and begins with small batches
+                parts["pictures"] += max(0.0, settling - few * drawn)
             parts["pictures"] += sum(
                 seconds * len(missing[index]) for seconds, index in zip(each, members, strict=True)
             )
