@@ -1,5 +1,7 @@
 """The command line: words in, calls out. Everything heavy is imported inside the command that needs it."""
 
+import atexit
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,6 +47,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.
 def main() -> NoReturn:
     """Run the command line. Exit code 0: done, 2: a mistake in the input, 130: stopped, 1: our bug."""
     signal.signal(signal.SIGTERM, _stop)  # clusters stop a job by SIGTERM
+    atexit.register(gc.freeze)  # or Python looks for cycles in all of torch, seconds long, before it ends
     try:
         app()
     except UserError as error:
