@@ -1,22 +1,17 @@
 """The benchmark of adaptive sampling: its truths are what they say, and a rule that misses is told."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_files import load_benchmark
 from report_example import make_run
-
-FILE = Path(__file__).parents[1] / "benchmarks" / "adaptive.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_adaptive", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("adaptive")
 
 
 def test_truths_have_the_means_and_variances_that_are_stated(bench: ModuleType, tmp_path: Path) -> None:

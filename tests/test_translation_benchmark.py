@@ -1,21 +1,16 @@
 """benchmarks/translation.py reads what people wrote, and compares it."""
 
-import importlib.util
 import struct
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-FILE = Path(__file__).parents[1] / "benchmarks" / "translation.py"
+from benchmark_files import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def translation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_translation", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("translation")
 
 
 def test_captions_of_stamps(translation: ModuleType, tmp_path: Path) -> None:

@@ -174,6 +174,10 @@ def test_a_mistake_is_told_once_by_a_launch(tiny_model: Path, tmp_path: Path) ->
 # -- a Ray cluster -----------------------------------------------------------------------------------------
 
 
+def list_busy(out: Path) -> list[int]:
+    return [worker["pid"] for worker in read_costs(out)["workers"] if worker["state"] == "busy"]
+
+
 @needs_ray
 @pytest.mark.slow
 def test_workers_die_and_join_and_the_run_is_the_same(whole: Run, tiny_model: Path, tmp_path: Path) -> None:
@@ -182,13 +186,9 @@ def test_workers_die_and_join_and_the_run_is_the_same(whole: Run, tiny_model: Pa
         cluster.start_head(cores=1)
         words = command(tiny_model, out, "--cluster", cluster.address, "--worker-cores", 1)
         driver = start_python(words, log, **cluster.environment)
-
-        def busy() -> list[int]:
-            return [worker["pid"] for worker in read_costs(out)["workers"] if worker["state"] == "busy"]
-
-        (killed,) = wait_until(busy, driver, log)
+        (killed,) = wait_until(lambda: list_busy(out), driver, log)
         cluster.join(cores=2)  # while the first draws
-        wait_until(lambda: len(now := busy()) == 3 and killed in now, driver, log)
+        wait_until(lambda: len(now := list_busy(out)) == 3 and killed in now, driver, log)
         os.kill(killed, signal.SIGKILL)
         assert driver.wait(300) == 0, Path(f"{log}.err").read_text()
     costs = json.loads(Path(f"{log}.out").read_text())["cluster"]
@@ -215,11 +215,7 @@ def test_a_cluster_decides_what_one_process_does(ruled: Run, tiny_model: Path, t
         cluster.start_head(cores=2)
         words = command(tiny_model, out, "--cluster", cluster.address, "--worker-cores", 1, **RULE)
         driver = start_python(words, log, **cluster.environment)
-
-        def busy() -> list[int]:
-            return [worker["pid"] for worker in read_costs(out)["workers"] if worker["state"] == "busy"]
-
-        os.kill(wait_until(busy, driver, log)[0], signal.SIGKILL)
+        os.kill(wait_until(lambda: list_busy(out), driver, log)[0], signal.SIGKILL)
         assert driver.wait(200) == 0, told(log)
     check_same_decisions(out, ruled)
     costs = read_costs(out)

@@ -1,10 +1,9 @@
-import importlib.util
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import load_benchmark
 
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.stopping import (
@@ -19,8 +18,6 @@ from t2iprobe.inversion.stopping import (
     judge_plateau,
     make_stopper,
 )
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "stopping.py"
 
 
 def first_stop(stopper: Stopper, values: np.ndarray | list[float]) -> int | None:
@@ -256,10 +253,7 @@ def test_bad_settings_are_told_in_a_line(call, told: str) -> None:
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("stopping_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("stopping")
 
 
 @pytest.mark.parametrize("jitter", ["white 3 %", "memory 100"])

@@ -148,7 +148,9 @@ def test_a_server_that_is_free_moves_to_the_blocks_that_are_left(servers):
     begin = spans()[free.peer]
     (lost,) = set(held) - {begin}
     held[lost].send(signal.SIGKILL)
-    wait_until(lambda: spans() == {held[begin].peer: begin, free.peer: lost}, 120)
+    wait_until(lambda: free.peer in (now := spans()) and now[free.peer] != begin, 120)
+    wait_until(lambda: held[lost].peer not in spans(), 120)
+    assert spans() == {held[begin].peer: begin, free.peer: lost}
 
 
 def test_blocks_are_written_as_a_span_or_a_number():
