@@ -35,9 +35,9 @@ def compare(kept: Mapping[str, Any]) -> dict[str, Any]:
             name: describe(resample(list(values)), len(values)) for name, values in rates.items()
         }
         last = by_name["ours"][-1]
+        for name in rates.keys() - {"stock"}:  # in turns: what slows the machine down slows all
+            row[f"{name}_times"] = describe(resample(list(rates[name] / rates["stock"])), len(rates[name]))
         row |= {
-            # in turns: what slows the machine down slows both
-            "times": describe(resample(list(rates["ours"] / rates["stock"])), len(rates["ours"])),
             "pictures": last["pictures"],
             "batch": last["batch"],
             "lanes": last["lanes"],
@@ -49,7 +49,7 @@ def compare(kept: Mapping[str, Any]) -> dict[str, Any]:
         if found["rates"]:
             first = max(found["rates"], key=int)
             work = sum(kept["parts"]["gflop"].values())
-            for name in ("ours", "stock"):
+            for name in found["rates"][first].keys() & {"stock", "ours", "compiled"}:
                 rate, peak = found["rates"][first][name], kept["parts"]["peak_gflops"]
                 ends = rate["interval"]
                 found["parts"][f"{name}_of_peak"] = {
@@ -71,7 +71,9 @@ def judge(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     least = LEAST_ON_GPU if on_gpu else LEAST_ON_CPU
     for samples, row in found["rates"].items():
         claim = f"at least {least:g} times the stock loop, {samples} pictures a synset"
-        verdicts.append(judge_least(claim, row["times"], least, " times"))
+        for name, how in (("ours", ""), ("compiled", ", compiled")):
+            if name in row:
+                verdicts.append(judge_least(claim + how, row[f"{name}_times"], least, " times"))
     if found["rates"]:
         least_agreement = min(row["judges_agree"] for row in found["rates"].values())
         verdicts.append(
@@ -116,14 +118,14 @@ def table(found: Mapping[str, Any]) -> str:
     """Return the Markdown tables, the verdicts and the notes."""
     setting = found["setting"]
     lines = [
-        "| pictures a synset | stock, pictures a second | ours | times | at once |",
-        "|---|---|---|---|---|",
+        "| pictures a synset | stock, pictures a second | ours | times | compiled | times | at once |",
+        "|---|---|---|---|---|---|---|",
     ]
     for samples, row in found["rates"].items():
-        lines.append(
-            f"| {samples} | {show(row['stock'], '.1f')} | {show(row['ours'], '.1f')} | {show(row['times'])} "
-            f"| {row['lanes']} × {row['batch']} |"
-        )
+        cells = [samples, show(row["stock"], ".1f")]
+        for name in ("ours", "compiled"):
+            cells += [show(row[name], ".1f"), show(row[f"{name}_times"])] if name in row else ["–", "–"]
+        lines.append(f"| {' | '.join(cells)} | {row['lanes']} × {row['batch']} |")
     if "parts" in found:
         lines += ["", *_list_parts(found["parts"])]
     if "metrics" in found:
@@ -163,10 +165,14 @@ def _list_notes(found: Mapping[str, Any], setting: Mapping[str, Any]) -> list[st
         work = sum(parts["gflop"].values())
         text = f"Matrix peak in {setting['dtype']}: {parts['peak_gflops']:.0f} GFLOP/s."
         if "ours_of_peak" in parts:
+            shares = [
+                f"{name} takes {show(parts[f'{name}_of_peak'])}"
+                for name in ("ours", "compiled", "stock")
+                if f"{name}_of_peak" in parts
+            ]
             text += (
-                f" Of it ours takes {show(parts['ours_of_peak'])}, stock {show(parts['stock_of_peak'])}: a "
-                f"picture is {work:.2f} GFLOP, so that no {setting['dtype']} run draws more than "
-                f"{parts['peak_gflops'] / work:.0f} a second."
+                f" Of it {', '.join(shares)}: a picture is {work:.2f} GFLOP, so that no {setting['dtype']} "
+                f"run draws more than {parts['peak_gflops'] / work:.0f} a second."
             )
         notes.append(text)
         if setting["on_gpu"] and found["rates"]:

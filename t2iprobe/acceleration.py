@@ -212,18 +212,18 @@ def suit_cpu(network: "torch.nn.Module") -> None:
     Beside `attend_plainly`: group norms of small maps work on contiguous copies, since the kernel for
     channels last is several times slower where a group has few channels; large maps are normed one by one,
     since that kernel splits a whole batch among threads, and a picture's sums would depend on how many
-    others there are. Gates are copied together before their GELU. What cross-attention
-    reads of a prompt is computed once for all steps, and what guidance's two halves have in common, once for
-    both.
+    others there are. Gates are copied together before their GELU. What cross-attention reads of a prompt is
+    computed once for all steps, and what guidance's two halves have in common, once for both.
     """
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.models.activations import GEGLU
-    from diffusers.models.attention_processor import Attention
     from torch.nn import functional
 
     class LoneGroupNorm(torch.nn.GroupNorm):
         def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            if torch.compiler.is_compiling():  # its kernels are its own
+                return super().forward(maps)
             if maps.ndim == 4 and maps.shape[2:].numel() >= LARGE:
                 return torch.cat([super(LoneGroupNorm, self).forward(one) for one in maps.split(1)])
             normed = super().forward(maps.contiguous())
@@ -234,31 +234,15 @@ def suit_cpu(network: "torch.nn.Module") -> None:
             values, gate = self.proj(tokens).chunk(2, dim=-1)
             return values * functional.gelu(gate.contiguous())
 
-    class PromptProjection(torch.nn.Linear):
-        """A linear layer that keeps what it makes of a prompt's embeddings with them, while they live."""
-
-        def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-            apart = torch.compiler.is_compiling() or self.weight.is_inference()
-            if apart or not torch.is_inference_mode_enabled():
-                return super().forward(embeddings)
-            kept = embeddings.__dict__.setdefault("projections", {})
-            key = self, self.weight._version  # trained or loaded anew, it makes something else
-            if key not in kept:
-                kept[key] = super().forward(embeddings)
-            return kept[key]
-
     attend_plainly(network)
     for layer in network.modules():
         if type(layer) is torch.nn.GroupNorm:
             layer.__class__ = LoneGroupNorm
         elif type(layer) is GEGLU:
             layer.__class__ = ContiguousGEGLU
-        elif isinstance(layer, Attention) and layer.is_cross_attention:
-            for projection in (layer.to_k, layer.to_v):
-                if type(projection) is torch.nn.Linear:
-                    projection.__class__ = PromptProjection
     if isinstance(network, UNet2DConditionModel):
         _share_guidance(network)
+        _keep_projections(network)
 
 
 LARGE = 256  # places of a map from which on copying it costs more than the norm gains
@@ -295,7 +279,14 @@ def attend_plainly(network: "torch.nn.Module") -> None:
             layer.upcast_softmax = True
 
 
-_guidance = threading.local()  # halves_agree: of the batch that this thread's denoiser computes
+class _Lane(threading.local):
+    """What this thread's UNet has computed beforehand. Compiled code reads it, too, under guards."""
+
+    halves_agree = False  # whether the batch's halves differ in their prompts alone
+    projections: "list[torch.Tensor] | None" = None  # of the prompts, by place
+
+
+_lane = _Lane()
 
 
 def _share_guidance(unet: Any) -> None:
@@ -316,15 +307,18 @@ def _share_guidance(unet: Any) -> None:
         layer.__class__ = _share_halves(type(layer))
 
 
+def _name_arguments(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(("sample", "timestep", "encoder_hidden_states"), given, strict=False)) | named
+
+
 def _compare_halves(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     import torch
 
-    called = dict(zip(("sample", "timestep"), given, strict=False)) | named
+    called = _name_arguments(given, named)
     latents, time = called["sample"], called["timestep"]
     half = len(latents) // 2
-    _guidance.halves_agree = (
+    _lane.halves_agree = (
         torch.is_inference_mode_enabled()
-        and not torch.compiler.is_compiling()
         and torch.as_tensor(time).numel() == 1
         and len(latents) == 2 * half
         and torch.equal(latents[:half], latents[half:])
@@ -337,7 +331,7 @@ def _share_halves(kind: Any) -> Any:
 
     class Shared(kind):
         def forward(self, tensor: torch.Tensor, *others: torch.Tensor, **named: Any) -> torch.Tensor:
-            if not getattr(_guidance, "halves_agree", False):
+            if not _lane.halves_agree:
                 return super().forward(tensor, *others, **named)
             half = len(tensor) // 2
             made = super().forward(tensor[:half], *(other[:half] for other in others), **named)
@@ -346,17 +340,67 @@ def _share_halves(kind: Any) -> Any:
     return Shared
 
 
+def _keep_projections(unet: Any) -> None:
+    """Project a prompt once for all steps: what cross-attention reads of it is kept with its embeddings."""
+    import torch
+    from diffusers.models.attention import BasicTransformerBlock
+
+    class PromptProjection(torch.nn.Linear):
+        place: int
+
+        def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+            kept = _lane.projections
+            return super().forward(embeddings) if kept is None else kept[self.place]
+
+    layers: list[Any] = []
+    for block in unet.modules():
+        attention = block.attn2 if isinstance(block, BasicTransformerBlock) else None
+        if attention is not None and attention.is_cross_attention and not attention.norm_cross:
+            layers += [layer for layer in (attention.to_k, attention.to_v) if type(layer) is torch.nn.Linear]
+    if unet.config.dual_cross_attention or not layers:
+        return  # its blocks read parts of the embeddings
+    for place, layer in enumerate(layers):
+        layer.__class__, layer.place = PromptProjection, place
+    unet.prompt_layers = layers  # an attribute: a copy of the network has its own
+    unet.register_forward_pre_hook(_project, with_kwargs=True)
+    unet.register_forward_hook(_forget_projections, always_call=True)
+
+
+def _project(unet: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    import torch
+
+    embeddings, layers = _name_arguments(given, named).get("encoder_hidden_states"), unet.prompt_layers
+    apart = unet.encoder_hid_proj is not None or any(layer.weight.is_inference() for layer in layers)
+    if embeddings is None or apart or not torch.is_inference_mode_enabled():
+        return
+    kept = embeddings.__dict__.setdefault("projections", {})
+    # Trained or loaded anew, layers make something else.
+    key = unet, *(layer.weight._version for layer in layers)
+    if key not in kept:
+        kept[key] = [layer(embeddings) for layer in layers]
+    _lane.projections = kept[key]
+
+
+def _forget_projections(*_: Any) -> None:
+    _lane.projections = None
+
+
 def compile_networks(pipeline: Pipeline) -> None:
-    """Compile a pipeline's denoisers and its decoder, in place, at their first call."""
+    """Compile a pipeline's denoisers in place, at their first call; on a GPU its decoder, too.
+
+    On a CPU the decoder's large maps are faster layer by layer. Batches may differ in size.
+    """
     for network in _compiled_networks(pipeline):
-        # On a CPU weights are constants that the compiler may lay out for its kernels.
-        network.compile(options={"freezing": next(network.parameters()).device.type == "cpu"})
+        network.plain_forward = network.__dict__.get("forward")  # of offloaded networks
+        network.forward = _compile(network)
 
 
 def stop_compiling(pipeline: Pipeline, error: BaseException) -> None:
     """Let a pipeline's networks run as they were before `compile_networks`, and warn once why."""
     for network in _compiled_networks(pipeline):
-        network._compiled_call_impl = None
+        del network.forward
+        if network.plain_forward is not None:
+            network.forward = network.plain_forward
     lines = str(error).strip().splitlines() or [type(error).__name__]
     warnings.warn(
         f"torch.compile does not work here, drawing goes on without: {lines[0][:200]}", stacklevel=2
@@ -366,4 +410,32 @@ def stop_compiling(pipeline: Pipeline, error: BaseException) -> None:
 def _compiled_networks(pipeline: Pipeline) -> "list[Any]":
     networks: list[Any] = [network for _, network in find_denoisers(pipeline)]
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
-    return [*networks, *([decoder] if decoder is not None else [])]
+    if decoder is not None and not _is_on_cpu(decoder):
+        networks.append(decoder)
+    return networks
+
+
+def _is_on_cpu(network: "torch.nn.Module") -> bool:
+    return next(network.parameters()).device.type == "cpu"
+
+
+def _compile(network: "torch.nn.Module") -> Any:
+    """Return a network's compiled forward. What its hooks do stays outside."""
+    import torch
+    import torch._inductor.config
+
+    # Of diffusers' own code, which is right without its cache.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    compiled = torch.compile(network.forward)
+    if not _is_on_cpu(network):
+        return compiled
+
+    def forward(*given: Any, **named: Any) -> Any:
+        for value in (*given, *named.values(), *(_lane.projections or ())):
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        # Weights are constants there, which oneDNN may lay out as it likes. The setting holds for the thread.
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(*given, **named)
+
+    return forward

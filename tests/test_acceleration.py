@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,18 @@ import timm
 import torch
 from diffusers import UNet2DConditionModel
 from timm.layers import create_conv2d
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from torchvision import models
 
-from t2iprobe.acceleration import choose_attention, fold_norms, fuse_clamps, suit_cpu
+from t2iprobe.acceleration import (
+    choose_attention,
+    compile_networks,
+    fold_norms,
+    fuse_clamps,
+    stop_compiling,
+    suit_cpu,
+)
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.pipelines import place_pipeline
@@ -189,7 +199,12 @@ def test_a_projection_that_was_trained_is_computed_anew() -> None:
     assert not torch.allclose(before, after)
     batch["encoder_hidden_states"] = batch["encoder_hidden_states"].clone()
     assert torch.equal(run(suited, batch), after)
-    given = batch["encoder_hidden_states"].requires_grad_()
+    copied = copy.deepcopy(suited)
+    with torch.no_grad():
+        copied.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(0.1)
+    assert not torch.allclose(run(copied, batch), after)
+    assert torch.equal(run(suited, batch), after)
+    given = batch["encoder_hidden_states"].clone().requires_grad_()
     suited(
         timestep=torch.tensor(10), sample=batch["sample"], encoder_hidden_states=given
     ).sample.sum().backward()
@@ -248,14 +263,13 @@ def test_an_attention_that_is_not_there_is_told(family: str, attention: str, mes
     assert "\n" not in str(raised.value)
 
 
-def test_where_compiling_fails_drawing_goes_on_with_one_warning() -> None:
+def test_where_compiling_fails_drawing_goes_on_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler here\nand more")
 
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=refuse, dynamic=False))
     sampler = make_sampler(compiled=True, lanes=1)
-    sampler.pipeline.unet._compiled_call_impl = torch.compile(
-        sampler.pipeline.unet._call_impl, backend=refuse, dynamic=False
-    )
     with pytest.warns(UserWarning, match="torch.compile does not work here, drawing goes on without") as told:
         drawn = sampler.sample(PLAN)
     assert len([each for each in told if "torch.compile" in str(each.message)]) == 1
@@ -266,7 +280,37 @@ def test_where_compiling_fails_drawing_goes_on_with_one_warning() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(pictures, make_sampler().sample(PLAN), strict=True))
 
 
+def test_an_offloaded_network_is_offloaded_again_where_compiling_fails() -> None:
+    pipeline = tiny_pipeline("sd")
+    calls = []
+    forward = pipeline.unet.forward
+    pipeline.unet.forward = lambda *given, **named: calls.append(1) or forward(*given, **named)
+    hooked = pipeline.unet.forward
+    compile_networks(pipeline)
+    assert pipeline.unet.forward is not hooked
+    with pytest.warns(UserWarning, match="drawing goes on without: no compiler"):
+        stop_compiling(pipeline, RuntimeError("no compiler"))
+    assert pipeline.unet.forward is hooked
+
+
 @pytest.mark.slow
 def test_compiled_networks_draw_the_same() -> None:
     drawn = np.stack(make_sampler(compiled=True, lanes=1).sample(PLAN)).astype(int)
     assert np.abs(drawn - np.stack(make_sampler().sample(PLAN))).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_shares_halves_keeps_projections_and_takes_any_batch() -> None:
+    plain, suited, batch = suited_unet()
+    compile_networks(SimpleNamespace(unet=suited))
+    counters.clear()
+    assert torch.allclose(run(suited, batch), run(plain, batch), atol=1e-4)
+    lone = torch.randn(3, plain.config.in_channels, 8, 8)
+    larger = {"sample": torch.cat([lone, lone]), "encoder_hidden_states": torch.randn(6, 7, 32)}
+    assert torch.allclose(run(suited, larger), run(plain, larger), atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        run(suited, larger, 500)
+    called = {event.key: event.count for event in watched.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in called  # with weights that were laid out once
+    assert "aten::mkldnn_convolution" not in called

@@ -47,11 +47,19 @@ def test_published_metrics_are_ours() -> None:
 def made_up(**changes: Any) -> dict[str, bool]:
     """Verdicts, by their claims, of made-up figures."""
     report = load("probe_report")
-    given = {"stock": 10.0, "ours": 70.0, "agree": 0.999, "theirs": 30.0, "predicted": 11.0, "off": 1e-6}
+    given = {
+        "stock": 10.0,
+        "ours": 70.0,
+        "compiled": 90.0,
+        "agree": 0.999,
+        "theirs": 30.0,
+        "predicted": 11.0,
+        "off": 1e-6,
+    }
     given |= {"gpu": False, "peak": 1000.0} | changes
     kept: dict[str, Any] = {}
     for turn in range(5):
-        for name in ("stock", "ours"):
+        for name in ("stock", "ours", "compiled"):
             kept[f"pictures/4/{turn}/{name}"] = {
                 "pictures": 8, "seconds": 8 / given[name] * (1 + 0.01 * turn), "judges_agree": given["agree"],
                 "batch": 4, "lanes": 2,
@@ -83,6 +91,8 @@ def test_verdicts_can_say_yes_and_no() -> None:
     assert all(made_up().values())
     times = "at least 6 times the stock loop, 4 pictures a synset"
     assert made_up(ours=59.0)[times] is False
+    assert made_up(ours=59.0)[f"{times}, compiled"] is True
+    assert made_up(compiled=59.0)[f"{times}, compiled"] is False
     assert made_up(agree=0.9)["both judges say the same of the same pictures"] is False
     assert (
         made_up(theirs=15.0)["metrics from logits at least 100 times as fast as the published way"] is False
@@ -102,6 +112,7 @@ def test_the_benchmark_runs_and_continues(
 ) -> None:
     probe = load("probe")
     arguments = ["--quick", "--model", str(tiny_model), "--set", "steps=2", "--samples", "2"]
+    arguments += ["--contestants", "stock", "ours"]
     arguments += ["--parts", "pictures", "parts", "metrics"]
     arguments += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "found.json")]
     probe.main(arguments)
@@ -109,7 +120,7 @@ def test_the_benchmark_runs_and_continues(
     assert "| 2 | " in capsys.readouterr().out
     row = first["rates"]["2"]
     assert row["pictures"] == 12
-    assert row["times"]["value"] > 0
+    assert row["ours_times"]["value"] > 0
     assert row["judges_agree"] > 0.9  # of noise
     assert set(first["parts"]["gflop"]) == {"denoiser", "decoder", "judge"}
     assert 0 < first["parts"]["ours_of_peak"]["value"] < 1
@@ -131,6 +142,7 @@ def test_the_path_of_a_gpu_runs_with_tiny_networks(
     probe, tiny = load("probe"), tiny_pipeline()
     monkeypatch.setattr(probe, "make_sd15", lambda: ((tiny.unet, tiny.vae, [tiny.text_encoder]), 32))
     words = ["--quick", "--shape", "sd15", "--set", "steps=2", "--set", "size=32", "--samples", "1"]
+    words += ["--contestants", "stock", "ours"]
     words += ["--parts", "pictures", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "found.json")]
     probe.main(words)
     found = json.loads((tmp_path / "found.json").read_text())
@@ -138,6 +150,19 @@ def test_the_path_of_a_gpu_runs_with_tiny_networks(
     assert (found["setting"]["steps"], found["setting"]["guidance"]) == (2, 7.5)
     assert found["rates"]["1"]["ours"]["value"] > 0
     assert "SD 1.5's shape" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_networks_take_their_turns(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--quick", "--model", str(tiny_model), "--set", "steps=2", "--samples", "2"]
+    words += ["--parts", "pictures", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "found.json")]
+    load("probe").main(words)
+    row = json.loads((tmp_path / "found.json").read_text())["rates"]["2"]
+    assert row["compiled"]["value"] > 0
+    assert row["compiled_times"]["value"] > 0
+    assert "2 pictures a synset, compiled" in capsys.readouterr().out
 
 
 @pytest.mark.slow
