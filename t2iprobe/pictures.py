@@ -47,3 +47,10 @@ def crop_square(picture: np.ndarray, size: int) -> np.ndarray:
     left, top = (width - side) // 2, (height - side) // 2
     cut = Image.fromarray(picture).crop((left, top, left + side, top + side))
     return np.array(cut.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_picture(picture: np.ndarray, side: int) -> np.ndarray:
+    """Resize a picture uint8 [H, W, 3] to a square by Pillow's bicubic filter, as was published."""
+    from PIL import Image
+
+    return np.array(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))

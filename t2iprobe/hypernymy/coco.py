@@ -26,13 +26,12 @@ from t2iprobe.config import Study, dump_study
 from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.captions import read_captions
-from t2iprobe.hypernymy.sampling import picture_seed, resize_picture
 from t2iprobe.hypernymy.study import load_sampler
 from t2iprobe.intervals import describe_mean
 from t2iprobe.machine import list_versions
-from t2iprobe.pictures import picture_files, read_picture
+from t2iprobe.pictures import picture_files, read_picture, resize_picture
 from t2iprobe.pipelines import model_hash, read_scheduler
-from t2iprobe.runs import PlanEntry
+from t2iprobe.plans import PlanEntry, picture_seed
 from t2iprobe.storage import explain_full_disk, remove_leftovers, write_atomically, write_output
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import numpy as np
 
 from t2iprobe.config import Study
 from t2iprobe.devices import count_threads, keep_freed_memory, set_threads
-from t2iprobe.hypernymy.sampling import Sampler, resize_picture
+from t2iprobe.hypernymy.sampling import Sampler
 from t2iprobe.hypernymy.scoring import Scorer
+from t2iprobe.pictures import resize_picture
 from t2iprobe.runs import Run
 
 SHARD_PICTURES, SHARD_SECONDS = 32, 10.0  # a shard is written after either: what a kill can cost

@@ -40,7 +40,7 @@ def predict(
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(study, dict(manifest), missing, sampler, scorers, Path(folder))
         drawn, seconds = bench.settle()
-        known = set(sampler.known_prompts)  # encoded while that was measured
+        known = set(sampler.encoder.known_prompts)  # encoded while that was measured
         per_prompt = bench.measure_prompts()
         wanted = study.steps or default_steps(sampler.pipeline)
         (few, each), step = bench.measure_pictures([FEW, wanted])
@@ -98,10 +98,10 @@ class Bench:
     def measure_prompts(self) -> float:
         """Return the seconds for each prompt that is new, over at most 32 of them."""
         prompts = dict.fromkeys(self.run.plan[position].prompt for position in self.missing)
-        new = [prompt for prompt in prompts if prompt not in self.sampler.known_prompts][:32]
+        new = [prompt for prompt in prompts if prompt not in self.sampler.encoder.known_prompts][:32]
         begin = time.perf_counter()
         if new:
-            self.sampler.encode(new)
+            self.sampler.encoder.encode(new)
         return (time.perf_counter() - begin) / len(new) if new else 0.0
 
     def measure_pictures(self, steps: Sequence[int | None]) -> tuple[list[float], float | None]:
@@ -112,7 +112,7 @@ class Bench:
         lanes = self.sampler.lanes
         batch = min(self.sampler.sizes.size, -(-len(self.missing) // lanes))
         count = min(len(self.missing), 2 * batch * lanes)
-        self.sampler.encode([self.run.plan[position].prompt for position in self.missing[:count]])
+        self.sampler.encoder.encode([self.run.plan[position].prompt for position in self.missing[:count]])
 
         def measure(steps: int | None) -> float:
             return float(np.mean([self.draw(count, steps) for _ in range(2)])) / count

@@ -12,9 +12,10 @@ from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import adaptive
 from t2iprobe.hypernymy.drawing import Progress, draw
+from t2iprobe.hypernymy.folders import FolderSampler, list_pictures
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.prompts import MEAN
-from t2iprobe.hypernymy.sampling import DiffusersSampler, FolderSampler, Sampler, list_pictures
+from t2iprobe.hypernymy.sampling import DiffusersSampler, Sampler
 from t2iprobe.hypernymy.scoring import Scorer, load_scorer, scorer_hash
 from t2iprobe.machine import list_versions
 from t2iprobe.pipelines import load_pipeline, model_hash, read_scheduler

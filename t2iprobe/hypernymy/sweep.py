@@ -286,7 +286,7 @@ def _predict(
             bench = Bench(cell.study, manifests[members[0]], lacking, sampler, networks.scorers, place)
             drawn, settling = bench.settle()
             if number == 0:
-                known = set(sampler.known_prompts)  # encoded while that was measured
+                known = set(sampler.encoder.known_prompts)  # encoded while that was measured
                 parts["prompts"] = bench.measure_prompts() * len(prompts - known)
                 parts["report"] = _measure_pages(bench, cells, axes, place)
             own = default_steps(sampler.pipeline)

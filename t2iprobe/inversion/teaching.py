@@ -32,7 +32,7 @@ from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.metrics import in_subtree_probabilities
 from t2iprobe.hypernymy.prompts import render
 from t2iprobe.hypernymy.results import read_results
-from t2iprobe.hypernymy.sampling import DiffusersSampler, resize_picture
+from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.hypernymy.scoring import Scorer
 from t2iprobe.intervals import describe_difference, describe_probability, holm
 from t2iprobe.inversion.backbones import Backbone
@@ -44,7 +44,7 @@ from t2iprobe.inversion.methods import METHODS, Method, find_method
 from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.training import train_concepts
 from t2iprobe.machine import list_versions
-from t2iprobe.pictures import picture_files
+from t2iprobe.pictures import picture_files, resize_picture
 from t2iprobe.pipelines import find_scheduler
 from t2iprobe.plans import GROWING, PlanEntry, picture_seed
 from t2iprobe.runs import Run

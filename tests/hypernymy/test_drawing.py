@@ -162,21 +162,24 @@ def test_a_stopped_run_ends_within_a_step_and_goes_on_later(
 
 
 def test_embeddings_that_have_no_room_are_made_again(monkeypatch: pytest.MonkeyPatch, study: Study) -> None:
-    from t2iprobe.hypernymy import sampling
+    from t2iprobe.hypernymy import encoding
 
     plan = Run(Path("."), make_manifest(study)).plan[:3]
     whole = make_sampler(1)
     expected = whole.sample(plan)
     (size,) = {
-        part.numel() * 4 for kept in whole._embeddings.values() for part in kept[:1] if part is not None
+        part.numel() * 4
+        for kept in whole.encoder._embeddings.values()
+        for part in kept[:1]
+        if part is not None
     }
-    monkeypatch.setattr(sampling, "EMBEDDINGS_BYTES", 2 * size)
+    monkeypatch.setattr(encoding, "EMBEDDINGS_BYTES", 2 * size)
     small = make_sampler(1)
 
     first, second = small.sample(plan), small.sample(plan)
 
-    assert len(whole.known_prompts) == 3
-    assert len(small.known_prompts) == 2
+    assert len(whole.encoder.known_prompts) == 3
+    assert len(small.encoder.known_prompts) == 2
     for again in (first, second):
         assert all(np.array_equal(a, b) for a, b in zip(again, expected, strict=True))
 

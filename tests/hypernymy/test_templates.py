@@ -59,7 +59,7 @@ def test_a_prompt_of_lines_is_drawn_from_the_mean_of_their_embeddings():
         return sampler.sample([PlanEntry("dog.n.01", "t", 0, prompt, 11)])[0]
 
     one, other = "a dog", "a very large owl"
-    embeddings = sampler.encode([one, other, f"{one}\n{other}"])["prompt_embeds"]
+    embeddings = sampler.encoder.encode([one, other, f"{one}\n{other}"])["prompt_embeds"]
     torch.testing.assert_close(embeddings[2], (embeddings[0] + embeddings[1]) / 2)
     plain = DiffusersSampler(pipeline, **settings)
     np.testing.assert_array_equal(draw(sampler, one), draw(plain, one))
