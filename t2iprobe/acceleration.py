@@ -212,12 +212,14 @@ def suit_cpu(network: "torch.nn.Module") -> None:
     Beside `attend_plainly`: group norms of small maps work on contiguous copies, since the kernel for
     channels last is several times slower where a group has few channels; large maps are normed one by one,
     since that kernel splits a whole batch among threads, and a picture's sums would depend on how many
-    others there are. Gates are copied together before their GELU. What cross-attention reads of a prompt is
-    computed once for all steps, and what guidance's two halves have in common, once for both.
+    others there are. Gates are copied together before their GELU; tokens become maps without a copy. What
+    cross-attention reads of a prompt is computed once for all steps, and what guidance's two halves have in
+    common, once for both.
     """
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.models.activations import GEGLU
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from torch.nn import functional
 
     class LoneGroupNorm(torch.nn.GroupNorm):
@@ -234,10 +236,26 @@ def suit_cpu(network: "torch.nn.Module") -> None:
             values, gate = self.proj(tokens).chunk(2, dim=-1)
             return values * functional.gelu(gate.contiguous())
 
+    class UncopiedTransformer(Transformer2DModel):
+        def _get_output_for_continuous_inputs(
+            self,
+            hidden_states: torch.Tensor,
+            residual: torch.Tensor,
+            batch_size: int,
+            height: int,
+            width: int,
+            inner_dim: int,
+        ) -> torch.Tensor:
+            tokens = self.proj_out(hidden_states) if self.use_linear_projection else hidden_states
+            maps = tokens.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+            return (maps if self.use_linear_projection else self.proj_out(maps)) + residual
+
     attend_plainly(network)
     for layer in network.modules():
         if type(layer) is torch.nn.GroupNorm:
             layer.__class__ = LoneGroupNorm
+        elif type(layer) is Transformer2DModel:
+            layer.__class__ = UncopiedTransformer
         elif type(layer) is GEGLU:
             layer.__class__ = ContiguousGEGLU
     if isinstance(network, UNet2DConditionModel):

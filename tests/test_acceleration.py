@@ -126,7 +126,7 @@ def test_what_is_read_between_convolution_and_clamp_is_not_fused() -> None:
     assert torch.allclose(fuse_clamps(shared, pictures)(pictures), shared(pictures), atol=1e-4)
 
 
-def suited_unet() -> tuple[Any, Any, dict[str, Any]]:
+def suited_unet(linear: bool = False) -> tuple[Any, Any, dict[str, Any]]:
     """Return a plain UNet, the same suited to a CPU, and a guided batch of two pictures."""
     torch.manual_seed(0)
     plain = UNet2DConditionModel(
@@ -137,6 +137,7 @@ def suited_unet() -> tuple[Any, Any, dict[str, Any]]:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32,
         norm_num_groups=8,
+        use_linear_projection=linear,
     )
     plain = plain.requires_grad_(False).to(memory_format=torch.channels_last)
     suited = copy.deepcopy(plain)
@@ -151,8 +152,9 @@ def run(unet: Any, batch: dict[str, Any], time: Any = 10) -> torch.Tensor:
         return unet(timestep=torch.tensor(time), **batch).sample
 
 
-def test_a_unet_that_suits_the_cpu_says_the_same_of_any_batch() -> None:
-    plain, suited, batch = suited_unet()
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_unet_that_suits_the_cpu_says_the_same_of_any_batch(linear: bool) -> None:
+    plain, suited, batch = suited_unet(linear)
     for time in (10, 500):
         assert torch.allclose(run(suited, batch, time), run(plain, batch, time), atol=1e-5)
     with torch.inference_mode():
