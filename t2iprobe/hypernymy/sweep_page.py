@@ -177,6 +177,7 @@ def _show_trade(results: Results) -> Section:
         "SCS",
         series,
         marks,
+        wide=True,
     )
     return Section("trade-off", "The trade-off", charts=[chart])
 

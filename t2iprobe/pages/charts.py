@@ -76,16 +76,18 @@ def plot_lines(
     series: Mapping[str, Points],
     *,
     last_x: float,
+    first_x: float = 0.0,
     include: Sequence[float] = (),
     marks: Mapping[str, Sequence[Mark]] | None = None,
     width: float = 340.0,
     height: float = 190.0,
 ) -> dict[str, Any]:
-    """Return lines over 0 … `last_x` in SVG coordinates; the y axis covers what is there, not zero.
+    """Return lines over `first_x` … `last_x` in SVG coordinates; the y axis covers what is there, not zero.
 
     Args:
         series: name → points; one without a finite y breaks its line.
         last_x: right end of the x axis.
+        first_x: its left end.
         include: y values that must lie on the chart too, such as a threshold.
         marks: name → dots on that line, each with its interval and a word beside it.
         width: of the plotted area, in SVG units.
@@ -102,7 +104,7 @@ def plot_lines(
     low, high = low - margin, high + margin
 
     def x_of(value: float) -> float:
-        return width * value / (last_x or 1)
+        return width * (value - first_x) / ((last_x - first_x) or 1)
 
     def y_of(value: float) -> float:
         return height * (high - value) / (high - low)
@@ -130,7 +132,7 @@ def plot_lines(
         }
         for (name, points), label_y in zip(placed.items(), spread(ends), strict=True)
     ]
-    x_ticks, y_ticks = choose_range_ticks(0, last_x), choose_range_ticks(low, high)
+    x_ticks, y_ticks = choose_range_ticks(first_x, last_x), choose_range_ticks(low, high)
     return {
         "width": width,
         "height": height,

@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Dots with a range, or lines (`plot`)."""
+    """Dots with a range, or lines (`plot`); `wide` takes the place of two."""
 
     id: str
     title: str
@@ -64,6 +64,7 @@ class Chart:
     rows: Sequence[dict[str, Any]] = ()
     ticks: Sequence[float] = ()
     plot: dict[str, Any] | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,21 @@ def draw_lines(
     label_y: str,
     series: dict[str, list[tuple[float, float]]],
     marks: Mapping[str, Sequence[Mark]] | None = None,
+    *,
+    wide: bool = False,
 ) -> Chart:
-    """Return a chart of named lines, with dots on them where `marks` has any."""
-    last = max(x for points in series.values() for x, _ in points)
-    plot = charts.plot_lines(series, last_x=last, marks=marks)
-    return Chart(id, title, caption, label_x, label_y, plot=plot)
+    """Return a chart of named lines, with dots on them where `marks` has any.
+
+    Its x axis begins at 0; that of a `wide` one, where the lines do.
+    """
+    places = [x for points in series.values() for x, _ in points]
+    first, last = (min(places), max(places)) if wide else (0, max(places))
+    margin = 0.03 * (last - first) if wide else 0
+    width, height = (840, 320) if wide else (340, 190)
+    plot = charts.plot_lines(
+        series, first_x=first - margin, last_x=last + margin, marks=marks, width=width, height=height
+    )
+    return Chart(id, title, caption, label_x, label_y, plot=plot, wide=wide)
 
 
 def render_sections(*, kicker: str, title: str, standfirst: str, content: Sequence[Section]) -> str:

@@ -17,6 +17,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import prediction
 from t2iprobe.hypernymy import study as studies
 from t2iprobe.hypernymy import sweep as module
+from t2iprobe.hypernymy.encoding import PromptEncoder
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.statistics import compare
 from t2iprobe.hypernymy.study import run_study
@@ -136,13 +137,13 @@ def test_a_whole_sweep_loads_nothing_again(swept, tiny_model, monkeypatch):
 
 def count_encoded(monkeypatch):
     calls = []
-    encode = module.DiffusersSampler._encode
+    encode = PromptEncoder._encode
 
     def count(self, prompts):
         calls.extend(prompts)
         return encode(self, prompts)
 
-    monkeypatch.setattr(module.DiffusersSampler, "_encode", count)
+    monkeypatch.setattr(PromptEncoder, "_encode", count)
     return calls
 
 

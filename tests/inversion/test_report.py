@@ -307,6 +307,9 @@ def test_lines_cover_their_data_and_break_where_there_is_none():
     assert 0 < places[0] < places[-1] < plot["height"]
     assert all(0 <= place <= plot["height"] for place, _ in plot["y_ticks"])
     assert charts.plot_lines({"a": []}, last_x=0)["lines"][0]["path"] == ""
+    late = charts.plot_lines({"a": [(5, 1.0), (10, 2.0)]}, first_x=5, last_x=10, width=300)
+    assert [late["x_of"](x) for x in (5, 7.5, 10)] == [0, 150, 300]
+    assert all(0 <= place <= 300 for place, _ in late["x_ticks"])
     flat = charts.plot_lines({"a": [(0, 0.5), (1, 0.5)]}, last_x=1, include=[0.25])
     assert 0 < flat["y_of"](0.5) < flat["y_of"](0.25) < flat["height"]
 
