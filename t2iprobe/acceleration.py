@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from t2iprobe.errors import UserError, suggest
@@ -448,12 +449,48 @@ def _compile(network: "torch.nn.Module") -> Any:
     if not _is_on_cpu(network):
         return compiled
 
+    turns = _Turns()
+    known: set[Any] = set()
+
     def forward(*given: Any, **named: Any) -> Any:
-        for value in (*given, *named.values(), *(_lane.projections or ())):
-            if isinstance(value, torch.Tensor) and value.ndim > 1:
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
+        for value in (*tensors, *(_lane.projections or ())):
+            if value.ndim > 1:
                 torch._dynamo.maybe_mark_dynamic(value, 0)
+        shapes = tuple((value.shape[1:], value.shape[:1] == (1,)) for value in tensors)
+        kind = shapes, _lane.halves_agree, _lane.projections is None
         # Weights are constants there, which oneDNN may lay out as it likes. The setting holds for the thread.
-        with torch._inductor.config.patch(freezing=True):
-            return compiled(*given, **named)
+        with turns.take(alone=kind not in known), torch._inductor.config.patch(freezing=True):
+            made = compiled(*given, **named)
+        known.add(kind)
+        return made
 
     return forward
+
+
+class _Turns:
+    """Let threads run what is compiled at the same time, but whoever compiles alone.
+
+    Else torch does not know again, in one thread, what it compiles in another, and compiles it once more.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0  # -1: one, alone
+        self._asking = 0  # to be alone
+
+    @contextmanager
+    def take(self, *, alone: bool) -> "Iterator[None]":
+        with self._changed:
+            self._asking += alone
+            self._changed.wait_for(
+                lambda: self._running == 0 if alone else self._running >= 0 and not self._asking
+            )
+            self._asking -= alone
+            self._running += -1 if alone else 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running += 1 if alone else -1
+                self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,6 +294,25 @@ def test_an_offloaded_network_is_offloaded_again_where_compiling_fails() -> None
     with pytest.warns(UserWarning, match="drawing goes on without: no compiler"):
         stop_compiling(pipeline, RuntimeError("no compiler"))
     assert pipeline.unet.forward is hooked
+
+
+def test_lanes_compile_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+    plain, suited, batch = suited_unet()
+    compile_networks(SimpleNamespace(unet=suited))
+    counters.clear()
+    expected = {time: run(plain, batch, time) for time in (10, 300, 500)}
+
+    def work(_: int) -> list[torch.Tensor]:
+        own = {name: part.clone() for name, part in batch.items()}
+        return [run(suited, own, time) for time in expected]
+
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(work, range(12)))
+    for made in drawn:
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, expected.values(), strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
