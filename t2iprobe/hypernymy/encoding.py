@@ -49,6 +49,7 @@ class PromptEncoder:
         Raises UserError for a family whose embeddings have no mean.
         """
         self.pipeline = pipeline
+        self.device: torch.device = pipeline._execution_device
         self.average_lines = average_lines
         self._names = ENCODED.get(type(pipeline).__name__, ())
         if average_lines and self._names not in (_GUIDED, _POOLED):
@@ -84,7 +85,7 @@ class PromptEncoder:
             parts = [found[prompt][column] for prompt in prompts]
             if name is not None and parts[0] is not None:
                 with torch.inference_mode():
-                    arguments[name] = torch.cat(parts).to(self.pipeline._execution_device)  # type: ignore[arg-type]
+                    arguments[name] = torch.cat(parts).to(self.device)  # type: ignore[arg-type]
         return arguments | accepted_arguments(self.pipeline, negative_prompt=None)
 
     def _embed(self, texts: Sequence[str]) -> "dict[str, tuple[torch.Tensor | None, ...]]":
@@ -118,7 +119,7 @@ class PromptEncoder:
             name: call[name].default for name in call if call[name].default is not inspect.Parameter.empty
         }
         arguments = defaults | {
-            "device": self.pipeline._execution_device,
+            "device": self.device,
             "do_classifier_free_guidance": shared is None,
         }
         known = inspect.signature(self.pipeline.encode_prompt).parameters

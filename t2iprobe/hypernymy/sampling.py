@@ -78,9 +78,10 @@ class DiffusersSampler:
         where that fails there is a warning, and they run as they are.
         """
         self.pipeline = pipeline
+        self.device: torch.device = pipeline._execution_device  # found by looking through all networks
         self.dtype = dtype
         self.configure(steps=steps, guidance=guidance, size=size)
-        kind = self._device.type
+        kind = self.device.type
         self._alone = dtype == "float32" and kind == "cpu"
         # In bfloat16 text encoders stay in float32 on a CPU: what a group of prompts moves is not seen.
         self.encoder = PromptEncoder(
@@ -96,14 +97,10 @@ class DiffusersSampler:
         self._free_lanes = threading.Semaphore(self.lanes)
         self.sizes = BatchSizes(
             batch_size or (DEFAULT_BATCH if self._alone else None),
-            memory=find_memory(str(self._device)),
+            memory=find_memory(str(self.device)),
             lanes=self.lanes,
             most=MOST_ON_CPU if kind == "cpu" else MOST,
         )
-
-    @property
-    def _device(self) -> "torch.device":
-        return self.pipeline._execution_device
 
     def configure(self, *, steps: int | None, guidance: float | None, size: int | None) -> None:
         """Draw with other settings from now on; the embeddings of prompts are kept."""
@@ -145,11 +142,11 @@ class DiffusersSampler:
                 return self._draw(entries)
             if len(entries) == 1:
                 raise UserError(
-                    f"not even one picture fits the memory of {self._device} ({first_line(error)}): "
+                    f"not even one picture fits the memory of {self.device} ({first_line(error)}): "
                     "draw smaller ones (--size), or on a larger device"
                 ) from None
         # Out here nothing holds on to what the failed batch took.
-        release_memory(str(self._device))
+        release_memory(str(self.device))
         self.sizes.shrink(len(entries))
         half = -(-len(entries) // 2)
         return np.concatenate([self._draw(entries[:half]), self._draw(entries[half:])])
@@ -161,7 +158,7 @@ class DiffusersSampler:
         prompts = self.encoder.encode([entry.prompt for entry in entries])
         pipeline = _copy_for_a_batch(self.pipeline)
         decoder = _DecoderWatch(pipeline)
-        with inference_context(self._device.type, self.dtype):
+        with inference_context(self.device.type, self.dtype):
             pictures = pipeline(
                 **prompts,
                 **self._settings,
