@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t2iprobe.acceleration import fold_norms, fuse_clamps
 from t2iprobe.devices import best_device, inference_context, lower_weights, resolve_dtype
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.fusing import fold_norms, fuse_clamps
 from t2iprobe.storage import hash_files
 
 if TYPE_CHECKING:

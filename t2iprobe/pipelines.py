@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2iprobe.acceleration import suit_cpu
+from t2iprobe.cpu_layers import suit_cpu
 from t2iprobe.devices import best_device, best_dtype, lower_weights, resolve_dtype
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.storage import hash_files

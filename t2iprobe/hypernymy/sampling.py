@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from t2iprobe.acceleration import compile_networks, stop_compiling
+from t2iprobe.compiling import compile_networks, stop_compiling
 from t2iprobe.config import DEFAULT_BATCH
 from t2iprobe.devices import count_threads, inference_context, is_out_of_memory, release_memory
 from t2iprobe.errors import UserError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2iprobe.acceleration import choose_attention
+from t2iprobe.attention import choose_attention
 from t2iprobe.config import Study, dump_study
 from t2iprobe.devices import resolve_device, resolve_dtype
 from t2iprobe.errors import UserError

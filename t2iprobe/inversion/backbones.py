@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from t2iprobe.acceleration import attend_plainly
+from t2iprobe.attention import attend_plainly
 from t2iprobe.devices import keep_freed_memory
 from t2iprobe.errors import UserError
 from t2iprobe.pipelines import Pipeline
