@@ -116,6 +116,9 @@ def run(
     batch_size: Annotated[str | None, typer.Option(help="Pictures drawn at once, or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile", help="Compile the denoiser first: pays on long runs.")
+    ] = None,
     keep: Annotated[str | None, typer.Option(help="Pictures to keep: all, thumbnails or none.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: draw one of n shares of the run, 0/n to n-1/n.")] = "0/1",
     cluster: Annotated[
@@ -157,6 +160,7 @@ def run(
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device,
+        "compile": compiled,
         "keep": keep,
     }
     study = _load_study(config, given, settings)

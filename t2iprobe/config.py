@@ -76,7 +76,7 @@ class Study(BaseModel):
     batch_size: Positive | Literal["auto"] = Field(
         "auto", description="pictures drawn at once; auto: as many as pay and fit the memory"
     )
-    compile: bool = Field(False, description="torch.compile of the denoiser and the decoder")
+    compile: bool = Field(False, description="torch.compile of the denoiser; on a GPU of the decoder, too")
     attention: str | None = Field(
         None, description="diffusers' attention back end, such as sage or _native_cudnn"
     )

@@ -1,17 +1,21 @@
 """Compiled networks draw the same, in any lane and batch, and where they cannot, plain ones do."""
 
+import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from real_command import call
 from small_networks import PLAN, make_sampler, run, suited_unet
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from t2iprobe.compiling import compile_networks, stop_compiling
+from t2iprobe.runs import Run
 from t2iprobe.testing import tiny_pipeline
 
 
@@ -85,3 +89,18 @@ def test_a_compiled_unet_shares_halves_keeps_projections_and_takes_any_batch() -
     called = {event.key: event.count for event in watched.key_averages()}
     assert "mkldnn::_convolution_pointwise" in called  # with weights that were laid out once
     assert "aten::mkldnn_convolution" not in called
+
+
+@pytest.mark.slow
+def test_a_run_compiles_and_judges_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    words = ["hypernymy", "run", "--model", tiny_model, "--synsets", "dog.n.01,bird.n.01", "--samples", "3"]
+    words += ["--steps", "2", "--json", "--out"]
+    plain = json.loads(call(*words, tmp_path / "plain").out)
+    done = call(*words, tmp_path / "compiled", "--compile")
+    compiled = json.loads(done.out)
+    assert compiled["configuration"]["compile"] is True
+    assert plain["configuration"]["compile"] is False
+    assert "goes on without" not in done.err
+    logits = [Run.open(tmp_path / name).logits() for name in ("plain", "compiled")]
+    for synset, rows in logits[0].items():
+        assert np.abs(rows - logits[1][synset]).max() < 0.05 * np.abs(rows).max()
