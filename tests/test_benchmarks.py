@@ -174,6 +174,8 @@ def test_an_error_in_an_arm_ends_the_benchmark(bench: ModuleType, capfd: pytest.
 
 
 def test_seconds_follow_how_many_concepts_shared_a_pass(bench: ModuleType) -> None:
+    from inversion_report import estimate_seconds
+
     block = bench.BLOCK
     # two concepts for two blocks at 2 s a pass, then one for a block at 1 s; 7 s before; one disturbed pass
     shared, alone, before = [2.0] * (2 * block - 1), [1.0] * block, [7.0]
@@ -184,7 +186,7 @@ def test_seconds_follow_how_many_concepts_shared_a_pass(bench: ModuleType) -> No
     ]
     blocks = bench.group_blocks(units)
     assert {active: len(values) for active, values in blocks.items()} == {2: 4, 1: 2}
-    assert bench.estimate_seconds(units, blocks)[0] == pytest.approx(2 * (7 + sum(shared) + sum(alone)))
+    assert estimate_seconds(units, blocks)[0] == pytest.approx(2 * (7 + sum(shared) + sum(alone)))
 
 
 def test_who_waits_takes_the_place_of_who_has_stopped(bench: ModuleType) -> None:
