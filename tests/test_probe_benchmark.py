@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.hierarchy import Hierarchy
@@ -152,16 +153,23 @@ def test_the_path_of_a_gpu_runs_with_tiny_networks(
     assert "SD 1.5's shape" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_compiled_networks_take_their_turns(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compile_, compiled = torch.compile, []
+
+    def trace_only(function: Any) -> Any:  # kernels take a minute, and are tested elsewhere
+        compiled.append(function)
+        return compile_(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace_only)
     words = ["--quick", "--model", str(tiny_model), "--set", "steps=2", "--samples", "2"]
     words += ["--parts", "pictures", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "found.json")]
     load("probe").main(words)
     row = json.loads((tmp_path / "found.json").read_text())["rates"]["2"]
     assert row["compiled"]["value"] > 0
     assert row["compiled_times"]["value"] > 0
+    assert len(compiled) == 1
     assert "2 pictures a synset, compiled" in capsys.readouterr().out
 
 
