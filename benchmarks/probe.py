@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=96, help="of a turn")
     parser.add_argument(
         "--samples", type=lambda text: [int(each) for each in text.split(",")], default=[4, 1],
-        help="pictures a synset; the first is judged",
+        help="pictures a synset; with the first it is told where the time goes",
     )  # fmt: skip
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--turns", type=int, default=9)

@@ -8,12 +8,13 @@ from t2iprobe.errors import UserError, suggest
 if TYPE_CHECKING:
     import torch
 
-Pipeline = Any
+    from t2iprobe.pipelines import Pipeline
+
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 SHORT = 256  # places of a map up to which all scores of its attention are computed at once
 
 
-def find_denoisers(pipeline: Pipeline) -> "Iterator[tuple[str, torch.nn.Module]]":
+def find_denoisers(pipeline: "Pipeline") -> "Iterator[tuple[str, torch.nn.Module]]":
     """Yield name and network of what a pipeline runs at each step."""
     import torch
 
@@ -22,7 +23,7 @@ def find_denoisers(pipeline: Pipeline) -> "Iterator[tuple[str, torch.nn.Module]]
             yield name, network
 
 
-def choose_attention(pipeline: Pipeline, backend: str) -> None:
+def choose_attention(pipeline: "Pipeline", backend: str) -> None:
     """Let a pipeline's denoisers attend by a back end of diffusers, such as ``_native_cudnn`` or ``sage``.
 
     Raises UserError for a back end that is not there, or not for this family. UNets know ``native``,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from t2iprobe.attention import Pipeline, find_denoisers
+from t2iprobe.attention import find_denoisers
 from t2iprobe.cpu_layers import lane
+from t2iprobe.pipelines import Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 def compile_networks(pipeline: Pipeline) -> None:
     """Compile a pipeline's denoisers in place, at their first call; on a GPU its decoder, too.
 
-    On a CPU the decoder's large maps are faster layer by layer. Batches may differ in size.
+    On a CPU the decoder's large maps are faster layer by layer, weights may not change any more, and whatever
+    number of pictures a batch has, one compiled network serves it. Not twice for one pipeline.
     """
     for network in _compiled_networks(pipeline):
         network.plain_forward = network.__dict__.get("forward")  # of offloaded networks
