@@ -164,19 +164,17 @@ def run(
         "keep": keep,
     }
     study = _load_study(config, given, settings)
+    share = read_share(shard)
+    if (share != (0, 1)) + (cluster is not None) + (launch is not None) > 1:
+        raise UserError("--shard, --cluster and a launch of several processes each share the run: take one")
     if dry_run:
-        if launch is None or launch.first:
-            _print_plan(study, out, as_json)
+        _print_plan(study, out, share, launch, cluster, worker_cores, as_json)
         return
     out = _default_out(out, study.model)
     if launch is not None or cluster is not None:
-        if read_share(shard) != (0, 1) or (launch is not None and cluster is not None):
-            raise UserError(
-                "--shard, --cluster and a launch of several processes each share the run: take one"
-            )
         _run_on_many(study, out, launch, cluster, worker_cores, extend=extend, as_json=as_json)
         return
-    _run_study(study, out, share=read_share(shard), extend=extend, as_json=as_json)
+    _run_study(study, out, share=share, extend=extend, as_json=as_json)
 
 
 @hypernymy.command()
@@ -438,21 +436,33 @@ def _progress_bar() -> Any:
     return progress_bar("pictures")
 
 
-def _print_plan(study: "Study", out: Path | None, as_json: bool) -> None:
+def _print_plan(
+    study: "Study",
+    out: Path | None,
+    share: tuple[int, int],
+    launch: "Launch | None",
+    cluster: str | None,
+    cores: int | None,
+    as_json: bool,
+) -> None:
+    from t2iprobe.cluster import Cluster
     from t2iprobe.hypernymy.adaptive import describe_rule
-    from t2iprobe.hypernymy.study import plan_study
-    from t2iprobe.machine import process_seconds
+    from t2iprobe.hypernymy.planning import describe_cost, plan_study
+    from t2iprobe.launch import seconds_since_start
 
-    plan = plan_study(study, out, process_seconds=process_seconds())
-    seconds = plan["predicted_seconds"]
-    cost = "none" if seconds is None else f"{duration(seconds)} ({plan['batch_size']} pictures at once)"
+    where = Cluster(cluster, cores) if cluster is not None else None
+    plan = plan_study(
+        study, out, share=share, launch=launch, cluster=where, process_seconds=seconds_since_start()
+    )
+    if launch is not None and not launch.first:
+        return
     first = plan.get("until", {}).get("seconds_first")
     lines = [
         f"{plan['pictures']} pictures of {plan['synsets']} synsets, {plan['stored']} of them stored",
         f"first prompt: {plan['first_prompt']}",
         *([describe_rule(plan["until"])] if "until" in plan else []),
         *([f"time to its first look: {duration(first)}"] if first is not None else []),
-        f"time left here: {cost}",
+        describe_cost(plan),
         *(f"  {key}: {plain(value)}" for key, value in plan["configuration"].items() if value is not None),
     ]
     print_found(plan, as_json, "\n".join(lines))

@@ -67,11 +67,17 @@ def sweep(
     chosen = {key: value for key, value in given.items() if value is not None and value != []}
     study, axes = load_sweep(config, chosen | parse_settings(settings or []), over or [])
     if dry_run:
-        if launch is None or launch.first:
-            from t2iprobe.hypernymy.sweep import plan_sweep
-            from t2iprobe.machine import process_seconds
+        from t2iprobe.cluster import Cluster
+        from t2iprobe.hypernymy.planning import plan_sweep
+        from t2iprobe.launch import seconds_since_start
 
-            _print_plan(plan_sweep(study, axes, out, process_seconds=process_seconds()), as_json)
+        where = Cluster(cluster, worker_cores) if cluster is not None else None
+        seconds = seconds_since_start()
+        plan = plan_sweep(
+            study, axes, out, share=share, launch=launch, cluster=where, process_seconds=seconds
+        )
+        if launch is None or launch.first:
+            _print_plan(plan, as_json)
         return
     runs, costs = _run_sweep(study, axes, out, launch, share, cluster, worker_cores, extend)
     if launch is None or launch.first:
@@ -79,10 +85,11 @@ def sweep(
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    cost = "unknown" if plan["predicted_seconds"] is None else duration(plan["predicted_seconds"])
+    from t2iprobe.hypernymy.planning import describe_cost
+
     lines = [
         f"{plan['pictures']} pictures in {len(plan['cells'])} cells, {plan['stored']} of them stored",
-        f"time left here: {cost}",
+        describe_cost(plan),
         *(f"  {cell['name']}: {cell['stored']} of {cell['pictures']}" for cell in plan["cells"]),
     ]
     print_found(plan, as_json, "\n".join(lines))

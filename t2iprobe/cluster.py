@@ -179,7 +179,8 @@ class Crew:
 
     def ask(self, question: Callable[[], T]) -> T:
         """Return what `question` says on a machine where a worker would be."""
-        task = self._ray.remote(**self._needs, max_retries=TRIES)(_answer)
+        # A process of its own: what it loads ends with it, and it takes as long to start as a worker.
+        task = self._ray.remote(**self._needs, max_retries=TRIES, max_calls=1)(_answer)
         try:
             answer = task.remote(question)
             if not self._ray.wait([answer], timeout=WAIT_SECONDS)[0]:
@@ -236,6 +237,11 @@ class Crew:
             show(costs)
         return costs
 
+    def places(self) -> int:
+        """Return how many workers the machines of the cluster have room for now, if nobody else was there."""
+        what, each = ("GPU", 1) if self._gpu else ("CPU", self._cores)
+        return sum(int(node.get(what, 0) // each) for node in self._nodes())
+
     def _nodes(self) -> list[dict[str, float]]:
         """Return the resources of each machine that lives."""
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -244,8 +250,7 @@ class Crew:
         """Start workers for all places, and one more: it waits for a machine that joins."""
         alive = [member for member in self._members if member.state != "dead"]
         if time.monotonic() - self._looked > LOOK_SECONDS:
-            what, each = ("GPU", 1) if self._gpu else ("CPU", self._cores)
-            self._room = sum(int(node.get(what, 0) // each) for node in self._nodes())
+            self._room = self.places()
             self._looked = time.monotonic()
         shards = len(self._waiting) + sum(1 for member in alive if member.items)
         for _ in range(min(self._room + 1, shards) - len(alive)):

@@ -4,6 +4,7 @@ They share a run directory, on one machine or through a shared file system; noth
 than who is there and who is done.
 """
 
+import json
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from t2iprobe.errors import UserError
 
 JOIN_SECONDS = 300  # for all to come
 _WAIT = timedelta(days=30)  # for the slowest share: a process that dies is noticed at once, by its connection
+_LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 
@@ -44,6 +46,11 @@ class Launch:
                 "another process of the launch ended before its work: what was done so far is kept; the same "
                 "command continues, with any number of processes"
             ) from None
+
+    def gather(self, found: Any) -> list[Any]:
+        """Return what each process found, in their order: anything that JSON holds."""
+        self._store.set(f"found{self.index}", json.dumps(found))
+        return [json.loads(self._store.get(f"found{index}")) for index in range(self.count)]
 
     def agree_on(self, folder: Path) -> None:
         """Wait until the first process has made `folder`. Raises UserError where another sees another one."""
@@ -85,6 +92,20 @@ def join_launch() -> Launch | None:
         _take_device(int(os.environ.get("LOCAL_RANK", 0)))
         _joined = _meet()
     return _joined
+
+
+def seconds_since_start() -> float:
+    """Return how long ago this process was started, or the launcher that it came from."""
+    import psutil
+
+    process = psutil.Process()
+    began = process.create_time()
+    for parent in process.parents() if _joined is not None else []:
+        words = {Path(word).name for word in parent.cmdline()}
+        if not words & {*_LAUNCHERS, "torchrun", "torch.distributed.run"}:
+            break
+        began = parent.create_time()
+    return time.time() - began
 
 
 def may_tell() -> bool:
@@ -132,8 +153,7 @@ def _start_all() -> None:
 
     parent = psutil.Process(os.getppid())
     words = parent.cmdline()
-    called = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
-    begin = next((number for number, word in enumerate(words) if Path(word).name in called), None)
+    begin = next((number for number, word in enumerate(words) if Path(word).name in _LAUNCHERS), None)
     if begin is None:
         return
     asked = launch_command_parser().parse_args(words[begin + 1 :])

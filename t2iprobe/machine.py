@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import time
 from typing import Any
 
 import t2iprobe
@@ -17,13 +16,6 @@ def list_versions() -> dict[str, str]:
     """Return the versions that a picture or a number may depend on, without importing anything."""
     versions = {"t2iprobe": t2iprobe.__version__, "python": platform.python_version()}
     return versions | {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
-def process_seconds() -> float:
-    """Return how long ago this process was started."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
 
 
 def describe_machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from t2iprobe.hypernymy.study import (
     load_scorers,
     make_manifest,
 )
-from t2iprobe.hypernymy.sweep import Cell, Networks, create_cells, finish_sweep, list_cells
+from t2iprobe.hypernymy.sweep import Cell, Networks, create_cells, finish_sweep, list_cells, make_manifests
 from t2iprobe.launch import Launch
 from t2iprobe.runs import Run, Shard
 
@@ -72,7 +72,7 @@ def run_on_cluster(
     ``cluster.json``, too. They are None where nothing was left to draw.
     """
     with connected(cluster, study.device) as crew:
-        told = crew.ask(partial(_describe_worker, study))
+        told = crew.ask(partial(describe_worker, study))
         run = Run.create(out, make_manifest(study, out, told=told), extend=extend)
         costs = None
         with run.writing():
@@ -113,11 +113,8 @@ def sweep_on_cluster(
     cells = list_cells(study, axes)
     own = study.model_copy(update={"scheduler": None})
     with connected(cluster, study.device) as crew, contextlib.ExitStack() as locks:
-        told = crew.ask(partial(_describe_worker, own))
-        manifests = []
-        for cell in cells:
-            chosen = {"scheduler": cell.study.scheduler} if cell.study.scheduler else {}
-            manifests.append(make_manifest(cell.study, out / cell.name, told=told | chosen))
+        told = crew.ask(partial(describe_worker, own))
+        manifests = make_manifests(cells, out, told)
         runs = create_cells(cells, manifests, out, extend=extend)
         for run in runs:
             locks.enter_context(run.writing())
@@ -157,7 +154,8 @@ def shard_size(batch: int, left: int, places: int, rate: float | None) -> int:
     return batch * max(1, min(wanted, fair, SHARD_BATCHES))
 
 
-def _describe_worker(study: Study) -> dict[str, Any]:
+def describe_worker(study: Study) -> dict[str, Any]:
+    """Say on a worker what a manifest takes from there, see `study.make_manifest`."""
     return {**describe_place(study), **hash_networks(study)}
 
 
@@ -179,7 +177,7 @@ def _load_drawer(
 
     Raises UserError where they are not those that the run began with.
     """
-    study = _agree_on_networks(study, manifest, version)
+    study = agree_on_networks(study, manifest, version)
     device = resolve_device(study.device)
     scorers = load_scorers(study, device, classes)
     sampler = load_sampler(study, device, manifest["identity"]["dtype"])
@@ -198,7 +196,7 @@ def _load_sweeper(
     study: Study, cells: Sequence[Cell], manifests: Sequence[dict[str, Any]], classes: int, version: str
 ) -> Callable[[Sequence[tuple[int, int]]], list[tuple[int, Shard]]]:
     """As `_load_drawer`, for (number of a cell, plan position)."""
-    study = _agree_on_networks(study, manifests[0], version)
+    study = agree_on_networks(study, manifests[0], version)
     networks = Networks(study, manifests[0]["identity"]["dtype"], classes)
     for cell in cells:
         networks.turn_to(cell.study)  # whatever a family does not take is told before anything is drawn
@@ -217,8 +215,11 @@ def _load_sweeper(
     return work
 
 
-def _agree_on_networks(study: Study, manifest: Mapping[str, Any], version: str) -> Study:
-    """Return the study with the judges' dtype that the run began with. Raises UserError as `_load_drawer`."""
+def agree_on_networks(study: Study, manifest: Mapping[str, Any], version: str) -> Study:
+    """Return the study with the judges' dtype that the run began with.
+
+    Raises UserError where the networks of this machine are not those that it began with.
+    """
     if version != t2iprobe.__version__:
         raise UserError(
             f"t2iprobe {version} was called, a worker has {t2iprobe.__version__}: install one of them on all"

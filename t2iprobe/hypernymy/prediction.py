@@ -1,8 +1,9 @@
-"""How long a run will take: from measured steps, at its own batch size, of its own networks."""
+"""How long the pictures of a run or a sweep will take: from measured steps, at its own batch size."""
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,51 @@ from t2iprobe.devices import resolve_device
 from t2iprobe.hypernymy.drawing import draw
 from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.hypernymy.scoring import Scorer
+from t2iprobe.hypernymy.study import finish, load_sampler, load_scorers
+from t2iprobe.hypernymy.sweep import Cell, Networks
 from t2iprobe.pipelines import default_steps
+from t2iprobe.plans import build_plan
 from t2iprobe.runs import Run
 
 FEW, MORE = 2, 4  # steps of the short batches; as many more tell what a step costs
 
 
-def predict(
-    study: Study, manifest: Mapping[str, Any], missing: Sequence[int], before: float = 0.0
-) -> dict[str, Any]:
-    """Predict the seconds that a run needs for the plan positions `missing`, and for its report.
+@dataclass(frozen=True)
+class Place:
+    """What one place, a process or a worker of a cluster, takes for its pictures.
 
-    `before` it came here it took so many seconds already, which the run will take, too.
-
-    Batches of few steps are drawn, judged and stored as the run will do it, in a folder that is thrown away:
-    first until their size is settled, then with FEW and with MORE steps. Returns {predicted_seconds,
-    batch_size, lanes, seconds: {start, prompts, pictures, report}, step_seconds: of a batch}.
+    Attributes:
+        seconds: to ``start``, to encode ``prompts``, to draw ``pictures``.
+        batch_size: of its lanes.
+        lanes: that draw side by side.
+        step_seconds: of a batch; None where nobody knows how many steps there are, and of a sweep.
+        logits: classifier → float32 [n, C] of what was drawn to measure that.
     """
-    from t2iprobe.hypernymy.study import finish, load_hierarchy, load_sampler, load_scorers
 
+    seconds: dict[str, float]
+    batch_size: int
+    lanes: int
+    step_seconds: float | None
+    logits: dict[str, np.ndarray]
+
+    @property
+    def total(self) -> float:
+        """Seconds until its last picture is stored."""
+        return sum(self.seconds.values())
+
+
+def measure_run(
+    study: Study, manifest: Mapping[str, Any], missing: Sequence[int], classes: int, before: float = 0.0
+) -> Place:
+    """Measure what this process takes for the plan positions `missing` of a run.
+
+    `before` it came here it took so many seconds already, which the run will take, too; `classes` is how many
+    the hierarchy has. Batches of few steps are drawn, judged and stored as the run will do it, in a folder
+    that is thrown away: first until their size is settled, then with FEW and with MORE steps.
+    """
     begin = time.perf_counter()
     device = resolve_device(study.device)
-    scorers = load_scorers(study, device, len(load_hierarchy(study).classes))
+    scorers = load_scorers(study, device, classes)
     sampler = load_sampler(study, device, manifest["identity"]["dtype"])
     start = before + time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
@@ -44,19 +68,80 @@ def predict(
         per_prompt = bench.measure_prompts()
         wanted = study.steps or default_steps(sampler.pipeline)
         (few, each), step = bench.measure_pictures([FEW, wanted])
-        _, report = bench.write_report(finish)
-    plan = Run(Path("."), dict(manifest)).plan
-    prompts = per_prompt * len({plan[position].prompt for position in missing} - known)
-    # The run, too, sets its kernels up and begins with small batches.
-    pictures = each * len(missing) + max(0.0, seconds - few * drawn)
-    parts = {"start": start, "prompts": prompts, "pictures": pictures, "report": report}
-    return {
-        "predicted_seconds": sum(parts.values()),
-        "seconds": parts,
-        "batch_size": sampler.sizes.size,
-        "lanes": sampler.lanes,
-        "step_seconds": step,
+        logits = bench.read_logits()
+    plan = build_plan(manifest["plan"], manifest["identity"]["seed"])
+    parts = {
+        "start": start,
+        "prompts": per_prompt * len({plan[position].prompt for position in missing} - known),
+        # The run, too, sets its kernels up and begins with small batches.
+        "pictures": each * len(missing) + max(0.0, seconds - few * drawn),
     }
+    return Place(parts, sampler.sizes.size, sampler.lanes, step, logits)
+
+
+def measure_sweep(
+    study: Study,
+    cells: Sequence[Cell],
+    manifests: Sequence[Mapping[str, Any]],
+    missing: Sequence[range],
+    classes: int,
+    before: float = 0.0,
+) -> Place:
+    """Measure what this process takes for the plan positions `missing` of each cell of a sweep.
+
+    As `measure_run`, for each kind of cell (scheduler, size, with or without guidance).
+    """
+    begin = time.perf_counter()
+    networks = Networks(study, manifests[0]["identity"]["dtype"], classes)
+    sampler = networks.sampler
+    parts = {"start": before + time.perf_counter() - begin, "prompts": 0.0, "pictures": 0.0}
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for index, cell in enumerate(cells):
+        if missing[index]:
+            kinds.setdefault(_kind(cell.study), []).append(index)
+    prompts = set()
+    for manifest, lacking in zip(manifests, missing, strict=True):
+        plan = build_plan(manifest["plan"], 0)
+        prompts |= {plan[position].prompt for position in lacking}
+    logits: dict[str, np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, members in enumerate(kinds.values()):
+            first = members[0]
+            networks.turn_to(cells[first].study)
+            of = cells[first].study, dict(manifests[first]), missing[first]
+            bench = Bench(*of, sampler, networks.scorers, Path(folder, str(number)))
+            drawn, settling = bench.settle()
+            if number == 0:
+                known = set(sampler.encoder.known_prompts)  # encoded while that was measured
+                parts["prompts"] = bench.measure_prompts() * len(prompts - known)
+            own = default_steps(sampler.pipeline)
+            steps = [FEW, *(cells[index].study.steps or own for index in members)]
+            (few, *each), _ = bench.measure_pictures(steps)
+            if number == 0:  # the sweep, too, sets its kernels up and begins with small batches
+                parts["pictures"] += max(0.0, settling - few * drawn)
+                logits = bench.read_logits()
+            parts["pictures"] += sum(
+                seconds * len(missing[index]) for seconds, index in zip(each, members, strict=True)
+            )
+    return Place(parts, sampler.sizes.size, sampler.lanes, None, logits)
+
+
+def _kind(study: Study) -> tuple[Any, ...]:
+    """What a step costs the same in."""
+    return study.scheduler, study.size, study.guidance is None or study.guidance > 1
+
+
+def report_on(
+    manifest: Mapping[str, Any], logits: Mapping[str, np.ndarray], folder: Path, seed: int = 0
+) -> tuple[Run, float]:
+    """Write the report of a run in `folder` with logits made of some of it; the run, and the seconds."""
+    run = Run.create(folder, dict(manifest))
+    rng = np.random.default_rng(seed)
+    made = {name: rows[rng.integers(len(rows), size=len(run.plan))] for name, rows in logits.items()}
+    run.write_shard(range(len(run.plan)), made)
+    begin = time.perf_counter()
+    finish(run)
+    return run, time.perf_counter() - begin
 
 
 class Bench:
@@ -125,15 +210,6 @@ class Bench:
         step = (long - short) / MORE
         return [short + (each - FEW) * step for each in known], step * lanes * batch
 
-    def write_report(self, finish: Callable[[Run], None], seed: int = 0) -> tuple[Run, float]:
-        """Report on as many pictures, with logits made of those that were drawn; the run, and the seconds."""
-        run = Run.create(self.folder / f"whole{seed}", self.manifest)
-        rng = np.random.default_rng(seed)
-        logits = {}
-        for name in run.classifiers:
-            drawn = np.concatenate(list(self.run.logits(name).values()))
-            logits[name] = drawn[rng.integers(len(drawn), size=len(run.plan))]
-        run.write_shard(range(len(run.plan)), logits)
-        begin = time.perf_counter()
-        finish(run)
-        return run, time.perf_counter() - begin
+    def read_logits(self) -> dict[str, np.ndarray]:
+        """Return classifier → float32 [n, C] of all that was drawn."""
+        return {name: np.concatenate(list(self.run.logits(name).values())) for name in self.run.classifiers}

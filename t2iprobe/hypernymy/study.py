@@ -1,7 +1,6 @@
 """The study: plan → sample → score → store → analyse → report. It can be killed and continued anywhere."""
 
 import datetime
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -308,40 +307,3 @@ def _choose_translated(study: Study, hierarchy: Hierarchy) -> dict[str, dict[str
 
 def _list_folder(folder: Path, hierarchy: Hierarchy) -> dict[str, dict[str, str]]:
     return {name: {path: path for path in paths} for name, paths in list_pictures(folder, hierarchy).items()}
-
-
-def plan_study(
-    study: Study, out: str | Path | None, *, measure: bool = True, process_seconds: float = 0.0
-) -> dict[str, Any]:
-    """Describe what a run would do: pictures, synsets, settings, what is stored, seconds. Writes nothing.
-
-    The time is measured, see `prediction.predict`; a command adds the `process_seconds` of its own start.
-    """
-    begin = time.perf_counter() - process_seconds
-    manifest = make_manifest(study, out)
-    plan = Run(Path(out or "."), manifest).plan
-    missing = list(range(len(plan)))
-    if out is not None and (Path(out) / "manifest.json").exists():
-        missing = Run.open(out).missing()  # of a run with a rule: at most
-    found = {
-        "pictures": len(plan),
-        "stored": len(plan) - len(missing),
-        "synsets": len(manifest["identity"]["synsets"]),
-        "prompts": sum(
-            len(prompts) for segment in manifest["plan"] for prompts in segment["prompts"].values()
-        ),
-        "first_prompt": plan[0].prompt,
-        "predicted_seconds": None,
-        "configuration": manifest["configuration"],
-        "dtype": manifest["identity"]["dtype"],
-    }
-    if study.until is not None:
-        found["until"] = adaptive.describe_plan(manifest, plan)
-    if measure and missing:
-        from t2iprobe.hypernymy.prediction import predict
-
-        found |= predict(study, manifest, missing, time.perf_counter() - begin)
-        if study.until is not None and not found["stored"]:
-            later = found["seconds"]["pictures"] * (1 - found["until"]["pictures_first"] / len(missing))
-            found["until"]["seconds_first"] = found["predicted_seconds"] - later
-    return found

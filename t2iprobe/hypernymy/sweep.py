@@ -10,12 +10,10 @@ of seeds changes the noise.
 import hashlib
 import itertools
 import re
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from t2iprobe.config import SWEPT, Study, dump_study, make_study
 from t2iprobe.devices import resolve_device
@@ -32,14 +30,11 @@ from t2iprobe.hypernymy.study import (
     make_manifest,
 )
 from t2iprobe.launch import Launch
-from t2iprobe.pipelines import default_steps, find_scheduler
+from t2iprobe.pipelines import find_scheduler
 from t2iprobe.plans import build_plan
 from t2iprobe.runs import WHOLE, Run, Share
 
-if TYPE_CHECKING:
-    from t2iprobe.hypernymy.prediction import Bench
-
-__all__ = ["Cell", "list_cells", "plan_sweep", "run_sweep"]
+__all__ = ["Cell", "list_cells", "run_sweep"]
 
 
 @dataclass(frozen=True)
@@ -164,13 +159,25 @@ def _open_cells(
     study: Study, cells: Sequence[Cell], out: Path, extend: bool
 ) -> "tuple[Networks | None, list[Run]]":
     """Load the networks where anything is missing, and open the runs of the cells."""
-    manifests = [make_manifest(cell.study, out / cell.name) for cell in cells]
-    missing = sum(_count_missing(out / c.name, m) for c, m in zip(cells, manifests, strict=True))
+    manifests = make_manifests(cells, out)
+    missing = sum(count_missing(out / c.name, m) for c, m in zip(cells, manifests, strict=True))
     networks = Networks(study, manifests[0]["identity"]["dtype"]) if missing else None
     if networks is not None:
         for cell in cells:
             networks.turn_to(cell.study)  # whatever a family does not take is told before anything is drawn
     return networks, create_cells(cells, manifests, out, extend=extend)
+
+
+def make_manifests(
+    cells: Sequence[Cell], out: Path | None, told: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Return the manifest of each cell, see `study.make_manifest`; `told` is of the model as it comes."""
+    manifests = []
+    for cell in cells:
+        chosen = {"scheduler": cell.study.scheduler} if cell.study.scheduler else {}
+        there = None if told is None else {**told, **chosen}
+        manifests.append(make_manifest(cell.study, None if out is None else out / cell.name, told=there))
+    return manifests
 
 
 def create_cells(
@@ -183,7 +190,8 @@ def create_cells(
     return [made[index] for index in range(len(cells))]
 
 
-def _count_missing(folder: Path, manifest: Mapping[str, Any]) -> int:
+def count_missing(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Return how many pictures of a cell are not stored."""
     wanted = len(build_plan(manifest["plan"], 0))
     return wanted - len(Run.open(folder).done()) if (folder / "manifest.json").exists() else wanted
 
@@ -213,113 +221,3 @@ class Networks:
             family = type(self.sampler.pipeline).__name__
             raise UserError(f"{family} has no single scheduler to replace: leave the scheduler out")
         self.sampler.configure(steps=study.steps, guidance=study.guidance, size=study.size)
-
-
-def plan_sweep(
-    study: Study,
-    axes: Mapping[str, Sequence[Any]],
-    out: str | Path | None,
-    *,
-    measure: bool = True,
-    process_seconds: float = 0.0,
-) -> dict[str, Any]:
-    """Describe what a sweep would do: its cells, what of them is stored, and the seconds. Writes nothing.
-
-    The time is measured for each kind of cell (scheduler, size, with or without guidance) as that of a run
-    is, see `prediction.predict`; a command adds the `process_seconds` of its own start.
-    """
-    begin = time.perf_counter() - process_seconds
-    cells = list_cells(study, axes)
-    manifests = [make_manifest(cell.study, None if out is None else Path(out) / cell.name) for cell in cells]
-    pictures = [len(build_plan(manifest["plan"], 0)) for manifest in manifests]
-    left = [
-        count if out is None else _count_missing(Path(out) / cell.name, manifest)
-        for cell, manifest, count in zip(cells, manifests, pictures, strict=True)
-    ]
-    found = {
-        "cells": [
-            {"name": cell.name, **cell.place, "pictures": count, "stored": count - rest}
-            for cell, count, rest in zip(cells, pictures, left, strict=True)
-        ],
-        "pictures": sum(pictures),
-        "stored": sum(pictures) - sum(left),
-        "synsets": len(manifests[0]["identity"]["synsets"]),
-        "predicted_seconds": None,
-        "configuration": dump_study(study),
-        "dtype": manifests[0]["identity"]["dtype"],
-    }
-    if measure and any(left):
-        # An extended cell lacks its last samples.
-        missing = [range(count - rest, count) for count, rest in zip(pictures, left, strict=True)]
-        found |= _predict(study, axes, cells, manifests, missing, begin)
-    return found
-
-
-def _predict(
-    study: Study,
-    axes: Mapping[str, Sequence[Any]],
-    cells: Sequence[Cell],
-    manifests: Sequence[dict[str, Any]],
-    missing: Sequence[range],
-    begin: float,
-) -> dict[str, Any]:
-    """Predict the seconds of a sweep that began at `begin` and lacks these plan positions of its cells."""
-    from t2iprobe.hypernymy.prediction import FEW, Bench
-
-    networks = Networks(study, manifests[0]["identity"]["dtype"])
-    sampler = networks.sampler
-    parts = {"start": time.perf_counter() - begin, "prompts": 0.0, "pictures": 0.0, "report": 0.0}
-    kinds: dict[tuple[Any, ...], list[int]] = {}
-    for index, cell in enumerate(cells):
-        if missing[index]:
-            kinds.setdefault(_kind(cell.study), []).append(index)
-    prompts = {
-        entry.prompt
-        for manifest, lacking in zip(manifests, missing, strict=True)
-        for entry in build_plan(manifest["plan"], 0)[lacking.start : lacking.stop]
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for number, members in enumerate(kinds.values()):
-            cell, lacking = cells[members[0]], missing[members[0]]
-            networks.turn_to(cell.study)
-            place = Path(folder) / str(number)
-            bench = Bench(cell.study, manifests[members[0]], lacking, sampler, networks.scorers, place)
-            drawn, settling = bench.settle()
-            if number == 0:
-                known = set(sampler.encoder.known_prompts)  # encoded while that was measured
-                parts["prompts"] = bench.measure_prompts() * len(prompts - known)
-                parts["report"] = _measure_pages(bench, cells, axes, place)
-            own = default_steps(sampler.pipeline)
-            steps = [FEW, *(cells[index].study.steps or own for index in members)]
-            (few, *each), _ = bench.measure_pictures(steps)
-            if number == 0:  # the sweep, too, sets its kernels up and begins with small batches
-                parts["pictures"] += max(0.0, settling - few * drawn)
-            parts["pictures"] += sum(
-                seconds * len(missing[index]) for seconds, index in zip(each, members, strict=True)
-            )
-    return {
-        "predicted_seconds": sum(parts.values()),
-        "seconds": parts,
-        "batch_size": sampler.sizes.size,
-        "lanes": sampler.lanes,
-    }
-
-
-def _kind(study: Study) -> tuple[Any, ...]:
-    """What a step costs the same in."""
-    return study.scheduler, study.size, study.guidance is None or study.guidance > 1
-
-
-def _measure_pages(
-    bench: "Bench", cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], folder: Path
-) -> float:
-    """Seconds of the reports of all cells, and of the sweep's pages, by those of two."""
-    from t2iprobe.hypernymy.sweep_results import pair_neighbours, write_sweep
-
-    pair = cells[:2]
-    written = [bench.write_report(finish, seed) for seed in range(len(pair))]
-    begin = time.perf_counter()
-    write_sweep([(cell, run) for cell, (run, _) in zip(pair, written, strict=True)], axes, folder)
-    pages = time.perf_counter() - begin
-    pairs = len(pair_neighbours([cell.place for cell in cells], list(axes)))
-    return len(cells) * sum(seconds for _, seconds in written) / len(pair) + max(1, pairs) * pages

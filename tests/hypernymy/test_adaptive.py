@@ -23,10 +23,11 @@ from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import adaptive
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.metrics import in_subtree_probabilities
+from t2iprobe.hypernymy.planning import plan_study
 from t2iprobe.hypernymy.report import gather_results, write_comparison, write_report
 from t2iprobe.hypernymy.results import read_results
 from t2iprobe.hypernymy.statistics import analyse
-from t2iprobe.hypernymy.study import plan_study, run_study
+from t2iprobe.hypernymy.study import run_study
 from t2iprobe.hypernymy.until import read_until
 from t2iprobe.runs import Run
 

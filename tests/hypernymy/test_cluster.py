@@ -162,6 +162,24 @@ def test_a_launch_decides_what_one_process_does(ruled: Run, tiny_model: Path, tm
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_a_launch_measures_every_process(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert launch(2, command(tiny_model, tmp_path / "run", "--dry-run"), log).wait(200) == 0, told(log)
+    check_plan(json.loads(Path(f"{log}.out").read_text()), tmp_path / "run")  # once
+
+
+def check_plan(plan: dict[str, Any], out: Path) -> None:
+    """The plan of two places, of which nothing is written."""
+    assert (plan["pictures"], plan["stored"], plan["places"]) == (PICTURES, 0, 2)
+    assert plan["predicted_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    # Half of the pictures, in 60 steps each: a place's, not everybody's.
+    batches = PICTURES / 2 / plan["batch_size"]
+    alone = batches * SETTINGS["steps"] * plan["step_seconds"] / plan["lanes"]
+    assert plan["seconds"]["pictures"] == pytest.approx(alone, rel=0.6)
+    assert not out.exists()
+
+
+@pytest.mark.slow
 def test_a_mistake_is_told_once_by_a_launch(tiny_model: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = command(tiny_model, tmp_path / "run", "--synsets", "dgo.n.01", "--set=synsets=dgo.n.01")
@@ -222,6 +240,25 @@ def test_a_cluster_decides_what_one_process_does(ruled: Run, tiny_model: Path, t
     assert costs["done"] == costs["of"] == len(ruled.done())
     assert costs["given"] == costs["done"] + costs["lost"]
     assert [worker["state"] for worker in costs["workers"]].count("dead") == 1
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_dry_run_measures_a_worker(tiny_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ray_cluster() as cluster:
+        cluster.start_head(cores=2)
+        where = ("--cluster", cluster.address, "--worker-cores", 1)
+        words = command(tiny_model, tmp_path / "run", *where, "--dry-run")
+        assert start_python(words, log, **cluster.environment).wait(200) == 0, told(log)
+        check_plan(json.loads(Path(f"{log}.out").read_text()), tmp_path / "run")
+        over = ["--over=guidance=1,3", "--over=steps=30,60"]
+        words = [*("-m", "t2iprobe", "hypernymy", "sweep"), *words[4:], *over]
+        assert start_python(words, log, **cluster.environment).wait(200) == 0, told(log)
+    plan = json.loads(Path(f"{log}.out").read_text())
+    assert (plan["pictures"], plan["places"], len(plan["cells"])) == (4 * PICTURES, 2, 4)
+    assert plan["predicted_seconds"] == pytest.approx(sum(plan["seconds"].values()))
+    assert not (tmp_path / "run").exists()
 
 
 @needs_ray

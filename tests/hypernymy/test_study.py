@@ -10,8 +10,9 @@ from PIL import Image
 from t2iprobe.config import Study, load_study
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import study as studies
+from t2iprobe.hypernymy.planning import plan_study
 from t2iprobe.hypernymy.results import export_run, read_results, score_file
-from t2iprobe.hypernymy.study import plan_study, run_study
+from t2iprobe.hypernymy.study import run_study
 from t2iprobe.runs import Run
 
 

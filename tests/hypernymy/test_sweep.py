@@ -14,14 +14,15 @@ from real_command import call, start
 
 from t2iprobe.config import load_study, load_sweep
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy import prediction
+from t2iprobe.hypernymy import planning, prediction
 from t2iprobe.hypernymy import study as studies
 from t2iprobe.hypernymy import sweep as module
 from t2iprobe.hypernymy.encoding import PromptEncoder
 from t2iprobe.hypernymy.hierarchy import Hierarchy
+from t2iprobe.hypernymy.planning import plan_sweep
 from t2iprobe.hypernymy.statistics import compare
 from t2iprobe.hypernymy.study import run_study
-from t2iprobe.hypernymy.sweep import list_cells, plan_sweep, run_sweep
+from t2iprobe.hypernymy.sweep import list_cells, run_sweep
 from t2iprobe.hypernymy.sweep_results import pair_neighbours
 from t2iprobe.runs import Run
 
@@ -259,7 +260,8 @@ def test_time_is_that_of_each_cells_steps(monkeypatch, tiny_model):
         return cost(bench.study.guidance, steps) * count
 
     monkeypatch.setattr(prediction.Bench, "draw", pass_time)
-    monkeypatch.setattr(module, "_measure_pages", lambda *_: 7.0)
+    monkeypatch.setattr(prediction.Bench, "read_logits", lambda _: {})
+    monkeypatch.setattr(planning.SweepPlan, "time_report", lambda *_: 7.0)
     plan = plan_sweep(study, axes, None)
     parts = plan["seconds"]
     cells = list_cells(study, axes)
