@@ -1,6 +1,6 @@
 """What a run that ends by a rule may say: the rule's own number, and everything else of equal numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -205,24 +205,32 @@ def _put_verdicts(analysis: dict[str, Any], followed: Followed) -> None:
     }
 
 
-def comparable_logits(run: Run, classifier: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return synset → logits to compare with another run's, and a warning where some were left out.
+# synset → (template, index) → logits [C]
+Rows = dict[str, dict[tuple[str, int], np.ndarray]]
+
+
+def comparable_rows(run: Run, classifier: str) -> tuple[Rows, list[str]]:
+    """Return the logits to compare with another run's, and a warning where some were left out or lack.
 
     Numbers of pictures that were chosen by what was seen bend plain means; so only the equal numbers at the
     beginning of an adaptive run are compared.
     """
-    if not has_rule(run):
-        return run.logits(classifier), []
-    followed = follow(run)
-    if not followed.course.looks:
-        raise UserError(f"{run.path} has not come to its first look yet: continue it")
-    rows, equal = run.logit_rows(classifier), followed.course.equal
-    logits = {
-        synset: np.stack([rows[p] for unit in units[:equal] for p in unit])
-        for synset, units in sorted(followed.positions.items())
-    }
-    warning = (
-        f"{run.path.name} drew until {followed.until}: only the first {equal} pictures of each synset are "
-        f'compared; for a difference with an interval of its own, use --until "isp - RUN ± …"'
-    )
-    return logits, [warning]
+    rows, warnings = run.logit_rows(classifier), []
+    positions: Iterable[int] = rows
+    if has_rule(run):
+        followed = follow(run)
+        if not followed.course.looks:
+            raise UserError(f"{run.path} has not come to its first look yet: continue it")
+        equal = followed.course.equal
+        positions = [p for units in followed.positions.values() for unit in units[:equal] for p in unit]
+        warnings.append(
+            f"{run.path.name} drew until {followed.until}: only the first {equal} pictures of each synset "
+            f'are compared; for a difference with an interval of its own, use --until "isp - RUN ± …"'
+        )
+    elif not run.complete:
+        warnings.append(f"{run.path.name} is not complete: {len(run.missing())} of its pictures lack")
+    found: Rows = {}
+    for position in positions:
+        entry = run.plan[position]
+        found.setdefault(entry.synset, {})[entry.template, entry.index] = rows[position]
+    return dict(sorted(found.items())), warnings

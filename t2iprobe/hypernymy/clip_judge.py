@@ -32,7 +32,7 @@ from t2iprobe.intervals import describe_mean
 from t2iprobe.pictures import picture_files, read_picture
 from t2iprobe.runs import Run
 from t2iprobe.spread import describe_ranks
-from t2iprobe.storage import write_atomically, write_output
+from t2iprobe.storage import hash_files, write_atomically, write_output
 
 __all__ = ["judge_pictures", "list_relatives", "measure_likeness"]
 
@@ -55,10 +55,10 @@ def judge_pictures(
 ) -> dict[str, Any]:
     """Judge the pictures of a run, or of a folder ``DIR/<synset>/*`` of any WordNet synsets, by a CLIP.
 
-    The pictures' vectors are kept in ``judges/`` of the run (beside `out` for a folder), one file a synset,
-    so that a killed judgement goes on. Writes `out` (``judges/<name>.json`` in the run) and a CSV beside it.
-    Returns means over synsets with intervals, how they rank synsets beside the run's classifiers, and one row
-    a synset. Raises UserError where there are no pictures.
+    The pictures' vectors are kept in ``judges/`` of the run (beside `out` for a folder), one file for the
+    pictures of a synset, so that a killed judgement goes on. Writes `out` (``judges/<name>.json`` in the run)
+    and a CSV beside it. Returns means over synsets with intervals, how they rank synsets beside the run's
+    classifiers, and one row a synset. Raises UserError where there are no pictures.
     """
     find_template(text)
     pictures, results = _find_pictures(source)
@@ -76,7 +76,7 @@ def judge_pictures(
     texts = _Texts(features, text)
     rows = []
     for place, synset in enumerate(sorted(pictures)):
-        vectors = _read_vectors(store / f"{synset.replace('/', '_')}.npy", pictures[synset], features)
+        vectors = _read_vectors(store, synset, pictures[synset], features)
         rows.append({"synset": synset, "samples": len(vectors), **_judge_synset(synset, vectors, texts)})
         if progress is not None:
             progress(place + 1, len(pictures))
@@ -113,8 +113,10 @@ def _find_pictures(source: Path) -> tuple[dict[str, list[Path]], dict[str, Any] 
     return found, None
 
 
-def _read_vectors(path: Path, pictures: Sequence[Path], features: ClipFeatures) -> Floats:
-    """Return the pictures' vectors [N, d], from `path` where it holds as many."""
+def _read_vectors(store: Path, synset: str, pictures: Sequence[Path], features: ClipFeatures) -> Floats:
+    """Return the pictures' vectors [N, d], from `store` where it holds those of these very pictures."""
+    digest = hash_files({str(place): picture for place, picture in enumerate(pictures)}).partition(":")[2]
+    path = store / f"{synset.replace('/', '_')}-{digest[:16]}.npy"
     try:
         stored = np.load(path, allow_pickle=False)
         if stored.ndim == 2 and len(stored) == len(pictures):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t2iprobe.config import Study
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy import adaptive, adaptive_results, facts
@@ -173,9 +175,13 @@ def write_comparison(run_a: Run, run_b: Run, out: str | Path) -> Path:
             f"{', '.join(run_b.classifiers)}): judge both with one"
         )
     hierarchy = find_hierarchy(run_a)
-    found = [adaptive_results.comparable_logits(run, classifier) for run in (run_a, run_b)]
-    logits = [each for each, _ in found]
+    found = [adaptive_results.comparable_rows(run, classifier) for run in (run_a, run_b)]
     same = draw_same_pictures(run_a, run_b)
+    rows = [rows for rows, _ in found]
+    logits = [
+        {name: np.stack(list(by_key.values())) for name, by_key in each.items()}
+        for each in (pair_rows(*rows) if same else rows)
+    ]
     results = compare(logits[0], logits[1], hierarchy, same_pictures=same)
     results["warnings"] = [warning for _, warnings in found for warning in warnings] + results["warnings"]
     sides = [
@@ -192,6 +198,28 @@ def write_comparison(run_a: Run, run_b: Run, out: str | Path) -> Path:
     write_output(out.with_suffix(".json"), write_json(document).encode())
     write_output(out, page.encode())
     return out
+
+
+def pair_rows(
+    a: adaptive_results.Rows, b: adaptive_results.Rows
+) -> tuple[adaptive_results.Rows, adaptive_results.Rows]:
+    """Order two runs' rows so that the n-th of both are of the same picture, as far as the shorter goes.
+
+    Of an incomplete run any pictures may lack. Those that both have come first; the shorter one's others,
+    which have no partner, are left out.
+    """
+    paired_a, paired_b = dict(a), dict(b)
+    for name in a.keys() & b.keys():
+        common = [key for key in a[name] if key in b[name]]
+        for rows, other, paired in ((a, b, paired_a), (b, a, paired_b)):
+            alone = (
+                [] if len(rows[name]) <= len(other[name]) else [k for k in rows[name] if k not in other[name]]
+            )
+            paired[name] = {key: rows[name][key] for key in [*common, *alone]}
+    return (
+        {name: rows for name, rows in paired_a.items() if rows},
+        {name: rows for name, rows in paired_b.items() if rows},
+    )
 
 
 def draw_same_pictures(run_a: Run, run_b: Run) -> bool:

@@ -48,10 +48,14 @@ class Sample:
 
     @cached_property
     def stderrs(self) -> Floats:
-        """[S, 4] standard error of each mean and of SCS (raw), by the jackknife; NaN for one picture."""
+        """[S, 4] standard error of each mean and of SCS (raw), by the jackknife; NaN for one picture.
+
+        The last two also for two pictures, see `bootstrap`.
+        """
         rows = []
         for pictures in self.pictures:
-            values = np.c_[pictures.values, pictures.values[:, 2] - pictures.values[:, 1]]
+            known = _clear_pairs(pictures.values)
+            values = np.c_[known, known[:, 2] - known[:, 1]]
             several = len(values) > 1
             rows.append(values.std(axis=0, ddof=1) / np.sqrt(len(values)) if several else np.full(4, np.nan))
         return np.array(rows)
@@ -63,8 +67,12 @@ class Sample:
         return plug_in - np.where(self.samples > 1, self.means[:, 2], plug_in)
 
     def bootstrap(self, resamples: int, rng: np.random.Generator) -> Floats:
-        """[resamples, S, 3] means of each synset's resampled pictures."""
-        each = [resampling.bootstrap_means(p.values, resamples, rng) for p in self.pictures]
+        """[resamples, S, 3] means of each synset's resampled pictures.
+
+        Two pictures say nothing of the error of their marginal entropy, nor of SCS: the pseudo-values of SCS
+        are then one number twice.
+        """
+        each = [resampling.bootstrap_means(_clear_pairs(p.values), resamples, rng) for p in self.pictures]
         return np.stack(each, axis=1)
 
     def contributions(self, means: Floats) -> dict[str, Floats]:
@@ -116,6 +124,11 @@ def estimate(values: Floats, replicates: Floats, rows: NDArray[np.int64]) -> dic
         "stderr_synsets": to_number(np.nanstd(synsets, ddof=1) if there.sum() > 1 else np.nan),
         "interval_synsets": to_numbers(interval(synsets)),
     }
+
+
+def _clear_pairs(values: Floats) -> Floats:
+    """Picture values [N, 3], without the marginal entropy's pseudo-values where there are two."""
+    return np.c_[values[:, :2], np.full(2, np.nan)] if len(values) == 2 else values
 
 
 def _clear_rounding(values: Floats) -> Floats:

@@ -344,4 +344,6 @@ def _warn(counts: NDArray[np.int64]) -> list[str]:
         )
     if counts.min() < 2:
         warnings.append("some synsets have one picture: there is no spread to tell their error from")
+    elif counts.min() < 3:
+        warnings.append("some synsets have two pictures: the error of SCS takes three of each synset")
     return warnings

@@ -106,6 +106,21 @@ def test_a_run_is_judged_and_goes_on_after_a_kill(run, folder, monkeypatch):
     assert len(read) == 8
 
 
+def test_vectors_are_of_the_very_pictures(folder, tmp_path):
+    """Two folders with as many pictures, judged into one place; then pictures replaced by others."""
+
+    def judge(pictures, out):
+        return judge_pictures(tmp_path / pictures, f"clip:{folder}", tmp_path / out, device="cpu")["synsets"]
+
+    for seed, name in enumerate(("one", "two")):
+        (tmp_path / name / "dog").mkdir(parents=True)
+        Image.fromarray(make_pictures(1, seed)[0]).save(tmp_path / name / "dog" / "1.png")
+    one, two = judge("one", "one.json"), judge("two", "two.json")
+    assert one != two == judge("two", "alone/two.json")
+    (tmp_path / "two" / "dog" / "1.png").write_bytes((tmp_path / "one" / "dog" / "1.png").read_bytes())
+    assert judge("two", "two.json") == one
+
+
 def test_any_synset_of_wordnet_can_be_judged(folder, tmp_path):
     for name in ("wolf_pup.n.01", "granite"):
         (tmp_path / "pictures" / name).mkdir(parents=True)

@@ -21,6 +21,7 @@ from t2iprobe.hypernymy import facts, views
 from t2iprobe.hypernymy.hierarchy import Hierarchy
 from t2iprobe.hypernymy.report import (
     gather_results,
+    pair_rows,
     render,
     write_comparison,
     write_csv,
@@ -37,6 +38,7 @@ from t2iprobe.pages import (
     format_signed,
 )
 from t2iprobe.pages.thumbnails import make_strips
+from t2iprobe.runs import Run
 
 FEW = ["dog.n.01", "bird.n.01", "insect.n.01", "acarine.n.01", "entity.n.01", "spacecraft.n.01"]
 SCHEMA = json.loads((files("t2iprobe.pages") / "results.schema.json").read_text(encoding="utf-8"))
@@ -370,6 +372,37 @@ def test_comparison_page_has_the_differences(runs, tmp_path):
     assert "1 synset of the other run is not in other" in text
     assert numbers["same_pictures"] is True  # same seeds and prompts, whatever the number of pictures
     assert len(json.loads(page.scripts["strips"])) == 2
+
+
+def test_comparison_pairs_the_pictures_that_both_runs_have(tmp_path):
+    """Whatever lacks in an incomplete run: what is left of it shows the whole run's own pictures."""
+    whole = make_run(tmp_path / "whole", FEW[:2], samples=6)
+    rows, plan = whole.logit_rows(), whole.plan
+    lacking = {("dog.n.01", 0), ("dog.n.01", 3), ("bird.n.01", 5)}
+    stored = [p for p in rows if (plan[p].synset, plan[p].index) not in lacking]
+    part = Run.create(tmp_path / "part", whole.manifest)
+    pictures = np.zeros((len(stored), 8, 8, 3), np.uint8)
+    part.write_shard(stored, {"embedded": np.stack([rows[p] for p in stored])}, pictures)
+    for a, b in ((whole, part), (part, whole)):
+        path = write_comparison(a, b, tmp_path / "page.html")
+        found = json.loads(path.with_suffix(".json").read_text())
+        assert found["same_pictures"] is True
+        assert [row["samples"] for row in found["synsets"]] == [5, 4]  # bird, dog
+        for row in found["synsets"]:
+            assert row["difference"] == 0
+        assert "part is not complete: 3 of its pictures lack" in found["warnings"]
+
+
+def test_rows_without_a_partner_come_last_or_not_at_all():
+    a = {"dog.n.01": {("base", n): n for n in (1, 2, 3)}, "cat.n.01": {("base", 0): 0}}
+    b = {"dog.n.01": {("base", n): 10 * n for n in (0, 2, 3, 4)}, "cat.n.01": {("base", 1): 10}}
+
+    one, other = pair_rows(a, b)
+
+    assert list(one["dog.n.01"].values()) == [2, 3]
+    assert list(other["dog.n.01"].values()) == [20, 30, 0, 40]
+    assert "cat.n.01" not in one  # nothing to compare
+    assert "cat.n.01" not in other
 
 
 def test_comparison_needs_one_judge_and_the_same_classes(runs, tmp_path):

@@ -239,6 +239,30 @@ def test_one_picture_gives_values_without_errors(imagenet):
     assert "one picture" in result["warnings"][0]
 
 
+def test_two_pictures_leave_the_error_of_scs_unknown(imagenet):
+    """Their pseudo-values of SCS are one number twice: no spread, and no sign of a small error."""
+    rng = np.random.default_rng(8)
+    names = ["dog.n.01", "boat.n.01", "bird.n.01"]
+    a, b = draw(imagenet, names, set(names), 2, rng), draw(imagenet, names, set(), 2, rng)
+    result = statistics.analyse(a, imagenet)
+    json.dumps(result, allow_nan=False)
+    for metric in ("scs", "scs_corrected", "scs_mean_of_ratios", "scs_isp_weighted", "marginal_entropy"):
+        assert result["results"][metric]["value"] > 0
+        assert result["results"][metric]["stderr"] is None
+        assert result["results"][metric]["interval"] is None
+    assert result["results"]["isp"]["stderr"] > 0
+    assert result["results"]["subtree_entropy"]["stderr"] > 0
+    assert result["synsets"][0]["scs_stderr"] is None
+    assert "two pictures" in result["warnings"][0]
+    compared = statistics.compare(a, b, imagenet, same_pictures=True)
+    assert compared["results"]["scs"]["p_pictures"] is None
+    assert compared["results"]["scs"]["p"] is not None
+    assert compared["results"]["isp"]["p_pictures"] < 1
+    three = statistics.analyse(draw(imagenet, names, set(names), 3, rng), imagenet)
+    assert three["results"]["scs"]["stderr"] > 0
+    assert three["warnings"] == []
+
+
 def test_mixed_numbers_of_pictures_are_warned_about(imagenet):
     rng = np.random.default_rng(7)
     logits = draw(imagenet, ["dog.n.01"], set(), 4, rng) | draw(imagenet, ["boat.n.01"], set(), 8, rng)
