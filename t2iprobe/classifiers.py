@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from t2iprobe.devices import best_device, inference_context, lower_weights, resolve_dtype
+from t2iprobe.devices import (
+    best_device,
+    inference_context,
+    is_out_of_memory,
+    lower_weights,
+    release_memory,
+    resolve_dtype,
+)
 from t2iprobe.errors import UserError, suggest
 from t2iprobe.fusing import fold_norms, fuse_clamps
 from t2iprobe.storage import hash_files
@@ -58,11 +65,26 @@ class Classifier:
 
     def score(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Return logits float32 [n, C] for pictures uint8 [H, W, 3], which may differ in size."""
-        logits = []
-        with inference_context(self.device, self.dtype):
-            for start in range(0, len(pictures), self._together):
-                part = pictures[start : start + self._together]
-                logits.append(self._network(self._prepare(part)).float().cpu().numpy())
+        logits: list[np.ndarray] = []
+        start = 0
+        while start < len(pictures):
+            part = pictures[start : start + self._together]
+            try:
+                with inference_context(self.device, self.dtype):
+                    logits.append(self._network(self._prepare(part)).float().cpu().numpy())
+                start += len(part)
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise UserError(
+                        f"not even one picture fits the memory of {self.device} beside the model, to be "
+                        "judged: take fewer at once (--batch-size), or a larger device"
+                    ) from None
+            # Out here nothing holds on to what the failed call took.
+            release_memory(self.device)
+            self._together = -(-len(part) // 2)
         return np.concatenate(logits)
 
     def features(self, pictures: Sequence[np.ndarray]) -> np.ndarray:

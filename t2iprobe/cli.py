@@ -199,7 +199,7 @@ def pictures(
     """Judge pictures that were made elsewhere, so that any model can be probed."""
     given = {"model": "folder", "classifiers": classifier, "hierarchy": hierarchy, "keep": keep}
     study = _load_study(None, given, settings)
-    _run_study(study, _default_out(out, folder.name), folder=folder, skip_bad=skip_bad, as_json=as_json)
+    _run_study(study, _default_out(out, str(folder)), folder=folder, skip_bad=skip_bad, as_json=as_json)
 
 
 @hypernymy.command()
@@ -353,7 +353,8 @@ def _load_study(config: str | None, given: dict[str, Any], settings: list[str] |
 
 
 def _default_out(out: Path | None, name: str) -> Path:
-    return out or Path("runs") / Path(name).name.partition("@")[0]
+    name = Path(name).resolve().name if Path(name).is_dir() else Path(name).name
+    return out or Path("runs") / name.partition("@")[0]
 
 
 def _run_study(study: "Study", out: Path, *, as_json: bool, **more: Any) -> None:

@@ -159,8 +159,8 @@ def leaderboard(
     """Rank many runs, with the uncertainty of ranks; what does not compare is marked."""
     from t2iprobe.hypernymy.leaderboard import write_leaderboard, write_markdown
 
-    found = write_leaderboard(runs, out)
-    print_found(found, as_json, f"{write_markdown(found)}\nwrote {out}")
+    found, page = write_leaderboard(runs, out)
+    print_found(found, as_json, f"{write_markdown(found)}\nwrote {page}")
 
 
 @studies.command()

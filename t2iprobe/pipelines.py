@@ -4,6 +4,7 @@ Weights come from safetensors, or from pickles read with ``weights_only``; code 
 """
 
 import contextlib
+import copy
 import inspect
 import json
 import re
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from t2iprobe.cpu_layers import suit_cpu
 from t2iprobe.devices import best_device, best_dtype, lower_weights, resolve_dtype
@@ -141,7 +144,6 @@ def load_pipeline(
     Raises UserError where the model cannot be found or loaded.
     """
     import torch
-    from safetensors import SafetensorError
 
     device = device or best_device()
     dtype = resolve_dtype(dtype, device)
@@ -156,14 +158,27 @@ def load_pipeline(
                 assert source.folder is not None
                 pipeline = _load_folder(source.folder, loaded_as, variant)
             if scheduler:
-                pipeline.scheduler = find_scheduler(scheduler).from_config(pipeline.scheduler.config)
+                replace_scheduler(pipeline, find_scheduler(scheduler), pipeline.scheduler.config)
             place_pipeline(pipeline, device, dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _BROKEN as error:
         alone = source.file is not None and source.folder is None
         hint = f"; where its configurations cannot be had, give {model}@FOLDER with them" if alone else ""
         raise UserError(f"cannot load the model {model!r}: {first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+# What diffusers and transformers raise of files that are not theirs: safetensors' own error is no OSError.
+_BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    KeyError,
+    SafetensorError,
+)
 
 
 def find_scheduler(name: str) -> Any:
@@ -174,6 +189,20 @@ def find_scheduler(name: str) -> Any:
     if name not in names:
         raise UserError(f"diffusers has no scheduler {name!r}{suggest(name, names)}")
     return getattr(diffusers, name)
+
+
+def replace_scheduler(pipeline: Pipeline, kind: Any, configuration: Any) -> None:
+    """Let a pipeline draw by a scheduler class, set up by another one's configuration.
+
+    Of two stages, such as Kandinsky's, the decoder draws by it. Raises UserError where it cannot be set up.
+    """
+    try:
+        scheduler = kind.from_config(configuration)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"{kind.__name__} cannot draw here: {first_line(error)}") from None
+    pipeline.scheduler = scheduler
+    if (decoder := getattr(pipeline, "decoder_pipe", None)) is not None:
+        decoder.scheduler = scheduler
 
 
 @contextlib.contextmanager
@@ -262,14 +291,18 @@ def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
     bfloat16 on a CPU is meant for `inference_context`: only the weights of convolutions and linear layers are
     lowered, so that autocast has nothing left to cast at each step. Norms, the text encoders (run once a
     prompt) and the latents between steps stay in float32.
+
+    Elsewhere networks that were loaded in `dtype` are left as they are, since some keep layers in float32
+    that would overflow (T5's). So does SDXL's autoencoder in float16, as a whole.
     """
     import torch
 
-    lowered = [
-        component
+    networks = {
+        name: component
         for name, component in pipeline.components.items()
-        if isinstance(component, torch.nn.Module) and not name.startswith(("text_encoder", "bert"))
-    ]
+        if isinstance(component, torch.nn.Module)
+    }
+    lowered = [n for name, n in networks.items() if not name.startswith(("text_encoder", "bert"))]
     on_cpu = device == "cpu"
     if on_cpu and dtype == "bfloat16":
         for component in lowered:
@@ -277,12 +310,40 @@ def place_pipeline(pipeline: Pipeline, device: str, dtype: str) -> None:
             suit_cpu(component)
     else:
         pipeline.to(device)
-        if dtype != "float32":
-            pipeline.to(getattr(torch, dtype))
+        for component in networks.values():
+            wanted = getattr(torch, dtype)
+            if all(each.dtype != wanted for each in component.parameters()):
+                component.to(wanted)
+        if dtype == "float16" and hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast:
+            _keep_in_float32(pipeline.vae)
     for component in lowered:
         if device.startswith("cuda") or (on_cpu and dtype == "bfloat16"):
-            component.to(memory_format=torch.channels_last)
+            _put_channels_last(component)
         component.requires_grad_(False)
+
+
+def _keep_in_float32(autoencoder: "torch.nn.Module") -> None:
+    """Let an autoencoder compute in float32, whatever it is given.
+
+    diffusers would cast it to and fro in each call, which also disturbs calls at the same time.
+    """
+
+    def raise_input(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0].float(), *given[1:])
+
+    autoencoder.float()
+    for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        if (part := getattr(autoencoder, name, None)) is not None:
+            part.register_forward_pre_hook(raise_input)
+
+
+def _put_channels_last(network: "torch.nn.Module") -> None:
+    """Lay out the weights of two-dimensional convolutions; torch refuses those of three dimensions."""
+    import torch
+
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def accepted_arguments(pipeline: Pipeline, **wanted: Any) -> dict[str, Any]:
@@ -299,7 +360,7 @@ def default_steps(pipeline: Pipeline) -> int | None:
 
 
 # In order of preference; every name of the first group that the call takes is given the value.
-_GUIDANCE = (("prior_guidance_scale", "decoder_guidance_scale"), ("guidance_scale",), ("true_cfg_scale",))
+_GUIDANCE = (("prior_guidance_scale", "decoder_guidance_scale", "guidance_scale"), ("true_cfg_scale",))
 _STEPS = (("num_inference_steps",), ("prior_num_inference_steps", "decoder_num_inference_steps"))
 # Their guidance_scale is for distilled weights only; guidance is true_cfg_scale, beside a negative prompt.
 _TRUE_CFG_FAMILIES = ("QwenImage",)
@@ -335,6 +396,28 @@ def setting_arguments(
     if "true_cfg_scale" in settings:
         settings |= accepted_arguments(pipeline, negative_prompt=" ")
     return settings
+
+
+def check_settings(pipeline: Pipeline, steps: int | None, size: int | None) -> None:
+    """Raise UserError for a size or a number of steps that a pipeline refuses, before it draws.
+
+    It is asked as its own call would ask; what a family does not check before is found when it draws.
+    """
+    check = getattr(pipeline, "check_inputs", None)
+    known = inspect.signature(check).parameters if check is not None else {}
+    if check is not None and size is not None and {"height", "width"} <= known.keys():
+        given = {name: None for name, each in known.items() if each.default is each.empty}
+        try:
+            check(**{**given, "prompt": "a", "height": size, "width": size})
+        except (TypeError, ValueError) as error:
+            if "height" in str(error):
+                raise UserError(f"cannot draw {size} pixels: {first_line(error)}") from None
+    if steps is not None and (scheduler := getattr(pipeline, "scheduler", None)) is not None:
+        try:
+            copy.deepcopy(scheduler).set_timesteps(steps)
+        except (TypeError, ValueError, IndexError) as error:
+            if "steps" in str(error):
+                raise UserError(f"cannot draw in {steps} steps: {first_line(error)}") from None
 
 
 def model_hash(model: str, *, variant: str | None = None, download: bool = True) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t2iprobe.cli import _default_out
 from t2iprobe.runs import Run
 
 
@@ -201,3 +202,12 @@ def test_mistakes_are_told_in_one_line(
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("t2iprobe: ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_called_as_its_model_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert _default_out(None, ".") == Path("runs/mine")
+    assert _default_out(None, str(tmp_path / "mine")) == Path("runs/mine")
+    assert _default_out(None, "org/model@main") == Path("runs/model")
+    assert _default_out(Path("there"), ".") == Path("there")

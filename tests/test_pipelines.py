@@ -5,10 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from original_format import save_single_file
+from two_stage_pipelines import tiny_kandinsky
 
-from t2iprobe.devices import best_dtype, resolve_dtype
+from t2iprobe.devices import best_dtype, inference_context, resolve_dtype
 from t2iprobe.errors import UserError
-from t2iprobe.pipelines import load_pipeline, locate_model, model_hash, setting_arguments
+from t2iprobe.pipelines import (
+    check_settings,
+    find_scheduler,
+    load_pipeline,
+    locate_model,
+    model_hash,
+    place_pipeline,
+    replace_scheduler,
+    setting_arguments,
+)
 from t2iprobe.storage import hash_files
 from t2iprobe.testing import FAMILIES, tiny_pipeline
 
@@ -46,6 +56,95 @@ def test_bfloat16_on_a_cpu_lowers_only_what_autocast_would_cast(tiny_model: Path
     assert loaded.unet.conv_in.weight.dtype == torch.bfloat16
     assert loaded.unet.conv_norm_out.weight.dtype == torch.float32
     assert {weight.dtype for weight in loaded.text_encoder.parameters()} == {torch.float32}
+
+
+def test_what_must_stay_in_float32_does(tmp_path: Path) -> None:
+    """T5's last projections, which overflow float16, and the autoencoder of SDXL."""
+    tiny_pipeline("flux").save_pretrained(tmp_path / "flux")
+    flux = load_pipeline(str(tmp_path / "flux"), device="cpu", dtype="float16")
+    dtypes = {name: each.dtype for name, each in flux.text_encoder_2.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith("wo.weight")} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith("wo.weight")} == {torch.float16}
+    assert flux.vae.dtype == torch.float16
+
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "sdxl")
+    sdxl = load_pipeline(str(tmp_path / "sdxl"), device="cpu", dtype="float16")
+    assert (sdxl.unet.dtype, sdxl.vae.dtype) == (torch.float16, torch.float32)
+    with torch.inference_mode():
+        latents = sdxl.vae.encode(torch.zeros(1, 3, 32, 32, dtype=torch.float16)).latent_dist.mean
+        assert sdxl.vae.decode(latents.half()).sample.dtype == torch.float32
+    place_pipeline(half := tiny_pipeline("sdxl"), "cpu", "float16")  # of networks in float32, too
+    assert (half.unet.dtype, half.vae.dtype) == (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_autoencoder_of_three_dimensions_can_be_placed(dtype: str) -> None:
+    """Qwen-Image's: torch lays out no kernel of three dimensions with channels last."""
+    from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
+
+    class Pipeline(DiffusionPipeline):
+        def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+            super().__init__()
+            self.register_modules(vae=vae)
+
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=24, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+    )
+    place_pipeline(Pipeline(autoencoder), "cpu", dtype)
+    with inference_context("cpu", dtype):
+        assert autoencoder.decode(torch.ones(1, 4, 1, 8, 8)).sample.isfinite().all()
+
+
+def test_of_two_stages_the_decoder_is_set(tmp_path: Path) -> None:
+    pipeline = tiny_kandinsky()
+    assert setting_arguments(pipeline, 3, 7.5, 64) == {
+        "num_inference_steps": 3,
+        "prior_guidance_scale": 7.5,
+        "guidance_scale": 7.5,
+        "height": 64,
+        "width": 64,
+    }
+    replace_scheduler(pipeline, find_scheduler("EulerDiscreteScheduler"), pipeline.scheduler.config)
+    assert pipeline.decoder_pipe.scheduler is pipeline.scheduler
+    assert type(pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_are_checked_before_anything_is_drawn(family: str) -> None:
+    pipeline = tiny_pipeline(family)
+    before = pipeline.scheduler.config
+    for steps in (None, 1, 4, 50):
+        check_settings(pipeline, steps, None)
+    check_settings(pipeline, None, 64)
+    assert pipeline.scheduler.timesteps is None or len(pipeline.scheduler.timesteps) == 1000
+    assert pipeline.scheduler.config == before
+    if family in ("sd", "sdxl", "lcm"):
+        with pytest.raises(UserError, match=r"cannot draw 65 pixels: .*divisible"):
+            check_settings(pipeline, 4, 65)
+        with pytest.raises(UserError, match="cannot draw in 2000 steps"):
+            check_settings(pipeline, 2000, 64)
+
+
+def test_a_scheduler_that_lacks_a_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tiny_pipeline()
+
+    class Needy:
+        @staticmethod
+        def from_config(_: object) -> None:
+            raise ImportError("Needy requires the torchsde library\nbut it was not found")
+
+    with pytest.raises(UserError, match="Needy cannot draw here: Needy requires the torchsde library$"):
+        replace_scheduler(pipeline, Needy, pipeline.scheduler.config)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_a_class_that_diffusers_lacks_is_told_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    index = json.loads((tmp_path / "m" / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "UNet7DModel"]
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_pipeline(str(tmp_path / "m"), device="cpu", dtype="float32")
 
 
 def test_the_scheduler_can_be_replaced(tiny_model: Path) -> None:

@@ -45,10 +45,10 @@ class FolderSampler:
     def _read(self, path: Path) -> np.ndarray | None:
         try:
             return read_picture(path)
-        except UserError:
+        except UserError as error:
             if self.skip_bad:
                 return None
-            raise
+            raise UserError(f"{error} (without it this is another run: give another --out then)") from None
 
 
 def list_pictures(folder: str | Path, hierarchy: "Hierarchy") -> dict[str, list[str]]:

@@ -32,14 +32,15 @@ METRICS = ("isp", "scs")
 SETTINGS = ("scheduler", "steps", "guidance", "size", "dtype", "templates", "seed")
 
 
-def write_leaderboard(paths: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Write the page `out` and, beside it, its table as CSV and Markdown and all of it as JSON.
+def write_leaderboard(paths: Sequence[Path], out: Path) -> tuple[dict[str, Any], Path]:
+    """Write the page `out` (``.html``) and, beside it, its table as CSV and Markdown and all of it as JSON.
 
-    Returns the results. Raises UserError where one of the paths is no finished run.
+    Returns the results and the page's path. Raises UserError where one of the paths is no finished run.
     """
     from t2iprobe.hypernymy.leaderboard_page import render
 
     results = analyse_leaderboard(read_entries(paths))
+    out = out.with_name(f"{out.name.removesuffix('.html')}.html")
     if not out.parent.is_dir():
         raise UserError(f"cannot write {out}: there is no folder {out.parent}")
     texts = {
@@ -50,7 +51,7 @@ def write_leaderboard(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     }
     for ending, text in texts.items():
         write_output(out.with_suffix(ending), text.encode())
-    return results
+    return results, out
 
 
 def read_entries(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,13 @@ from t2iprobe.devices import count_threads, inference_context, is_out_of_memory,
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.batching import MOST, MOST_ON_CPU, BatchSizes, find_memory
 from t2iprobe.hypernymy.encoding import PromptEncoder
-from t2iprobe.pipelines import Pipeline, accepted_arguments, first_line, setting_arguments
+from t2iprobe.pipelines import (
+    Pipeline,
+    accepted_arguments,
+    check_settings,
+    first_line,
+    setting_arguments,
+)
 from t2iprobe.runs import PlanEntry
 
 if TYPE_CHECKING:
@@ -103,7 +109,11 @@ class DiffusersSampler:
         )
 
     def configure(self, *, steps: int | None, guidance: float | None, size: int | None) -> None:
-        """Draw with other settings from now on; the embeddings of prompts are kept."""
+        """Draw with other settings from now on; the embeddings of prompts are kept.
+
+        Raises UserError for one that the pipeline does not take, as far as it can be asked.
+        """
+        check_settings(self.pipeline, steps, size)
         self._settings = setting_arguments(self.pipeline, steps, guidance, size)
 
     def stop(self) -> None:
@@ -158,17 +168,19 @@ class DiffusersSampler:
         prompts = self.encoder.encode([entry.prompt for entry in entries])
         pipeline = _copy_for_a_batch(self.pipeline)
         decoder = _DecoderWatch(pipeline)
+        arguments = accepted_arguments(
+            pipeline, generator=generators, output_type="np", callback_on_step_end=self._end_step
+        )
         with inference_context(self.device.type, self.dtype):
-            pictures = pipeline(
-                **prompts,
-                **self._settings,
-                **accepted_arguments(
-                    pipeline,
-                    generator=generators,
-                    output_type="np",
-                    callback_on_step_end=self._end_step,
-                ),
-            ).images
+            try:
+                pictures = pipeline(**prompts, **self._settings, **arguments).images
+            except (TypeError, ValueError) as error:
+                if self._compiled:
+                    raise
+                family, by = type(pipeline).__name__, type(getattr(pipeline, "scheduler", None)).__name__
+                raise UserError(
+                    f"{family} cannot draw with these settings, by {by}: {first_line(error)}"
+                ) from error
         pictures = np.asarray(pictures, np.float32)
         broken = ~np.isfinite(pictures).all(axis=(1, 2, 3))
         if broken.any():
@@ -206,6 +218,9 @@ def _copy_for_a_batch(pipeline: Pipeline) -> Pipeline:
     autoencoder = _name_autoencoder(own)
     if autoencoder is not None:
         setattr(own, autoencoder, copy.copy(getattr(own, autoencoder)))
+    for name in ("prior_pipe", "decoder_pipe"):  # the stages of Kandinsky, Würstchen and Cascade
+        if getattr(own, name, None) is not None:
+            setattr(own, name, _copy_for_a_batch(getattr(own, name)))
     return own
 
 
@@ -221,6 +236,7 @@ class _DecoderWatch:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
+        pipeline = getattr(pipeline, "decoder_pipe", pipeline)
         name = _name_autoencoder(pipeline)
         self._latents: torch.Tensor | None = None
         if name is None:
@@ -246,6 +262,8 @@ class _DecoderWatch:
             return np.nan
         del self._autoencoder.decode
         autoencoder = copy.deepcopy(self._autoencoder).float()
+        # A compiled decoder's forward is of the network that was copied.
+        getattr(autoencoder, "decoder", autoencoder).__dict__.pop("forward", None)
         latents = self._latents[torch.from_numpy(rows).to(self._latents.device)].float()
         decoded = autoencoder.decode(latents, return_dict=False)[0]
         return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

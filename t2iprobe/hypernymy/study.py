@@ -239,11 +239,8 @@ def hash_inputs(
     With `told` (see `make_manifest`) the networks lie elsewhere, and were hashed there.
     """
     if folder is not None:
-        if not folder.is_dir():
-            raise UserError(
-                f"there is no folder {folder}: give one with a subfolder of pictures for each synset"
-            )
-        files = {p.relative_to(folder).as_posix(): p for p in folder.glob("*/*") if p.is_file()}
+        listed = list_pictures(folder, load_hierarchy(study))
+        files = {path: folder / path for paths in listed.values() for path in paths}
         networks = {
             "model": hash_files(files),
             "classifiers": {name: scorer_hash(name) for name in study.classifiers},

@@ -30,7 +30,7 @@ from t2iprobe.hypernymy.study import (
     make_manifest,
 )
 from t2iprobe.launch import Launch
-from t2iprobe.pipelines import find_scheduler
+from t2iprobe.pipelines import find_scheduler, replace_scheduler
 from t2iprobe.plans import build_plan
 from t2iprobe.runs import WHOLE, Run, Share
 
@@ -216,7 +216,7 @@ class Networks:
         """Draw by the settings of `study` from now on."""
         if self._scheduler is not None:
             kind = find_scheduler(study.scheduler) if study.scheduler else type(self._scheduler)
-            self.sampler.pipeline.scheduler = kind.from_config(self._scheduler.config)
+            replace_scheduler(self.sampler.pipeline, kind, self._scheduler.config)
         elif study.scheduler:
             family = type(self.sampler.pipeline).__name__
             raise UserError(f"{family} has no single scheduler to replace: leave the scheduler out")

@@ -127,6 +127,15 @@ def test_the_command_writes_page_csv_markdown_and_json(runs, tmp_path):
         write_leaderboard([runs["good"]], tmp_path / "no" / "board.html")
 
 
+def test_a_name_with_dots_is_kept(runs, tmp_path):
+    for name in ("board.v1.5", "board.v1.6.html"):
+        words = ["hypernymy", "leaderboard", str(runs["good"]), "--out", str(tmp_path / name)]
+        page = tmp_path / f"{name.removesuffix('.html')}.html"
+        assert CliRunner().invoke(app, words).stdout.endswith(f"wrote {page}\n")
+        assert all(page.with_suffix(ending).exists() for ending in (".html", ".csv", ".md", ".json"))
+    assert len(list(tmp_path.iterdir())) == 8
+
+
 def test_ranks_as_text():
     assert write_rank({"rank": 2, "best": 1, "worst": 3}) == "2 (1–3)"
     assert write_rank({"rank": 1, "best": 1, "worst": 1}) == "1"

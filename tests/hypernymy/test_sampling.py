@@ -1,9 +1,12 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from two_stage_pipelines import tiny_kandinsky
 
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy.sampling import DiffusersSampler
+from t2iprobe.hypernymy.sampling import DiffusersSampler, _DecoderWatch
 from t2iprobe.pipelines import Pipeline, place_pipeline
 from t2iprobe.runs import PlanEntry, build_plan
 from t2iprobe.testing import FAMILIES, tiny_pipeline
@@ -106,4 +109,58 @@ def test_a_picture_that_stays_nan_is_named() -> None:
     sampler.pipeline.vae.decoder.conv_out.bias.data[:] = float("nan")
 
     with pytest.raises(UserError, match=r"base-0000 of thing\.n\.00 \('An image of a thing 0\.'\) holds NaN"):
+        sampler.sample(PLAN[:2])
+
+
+def test_lanes_share_an_autoencoder_in_float16(capfd: pytest.CaptureFixture[str]) -> None:
+    """diffusers casts SDXL's to float32 and back in each call: another lane would meet it half way."""
+    pipeline = tiny_pipeline("sdxl")
+    place_pipeline(pipeline, "cpu", "float16")
+    settings = {"steps": 2, "guidance": 2.0, "dtype": "float16"}
+    sampler = DiffusersSampler(pipeline, lanes=4, **settings)
+    wanted = [DiffusersSampler(pipeline, **settings).sample([entry])[0] for entry in PLAN[:4]]
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = [pool.submit(sampler.sample, [PLAN[n % 4]]) for n in range(24)]
+
+    for number, each in enumerate(drawn):
+        assert np.array_equal(each.result()[0], wanted[number % 4])
+    assert "float32" not in capfd.readouterr().err  # nor does it tell so each time
+
+
+def test_a_compiled_decoder_is_copied_as_it_was() -> None:
+    """To decode again in float32: a compiled forward is of the network that was copied, in float16."""
+    pipeline = tiny_pipeline()
+    place_pipeline(pipeline, "cpu", "float16")
+    decoder = _DecoderWatch(pipeline)
+    plain = pipeline.vae.decoder.forward
+    pipeline.vae.decoder.forward = lambda *given, **named: plain(*given, **named)  # as compile_networks does
+    latents = torch.zeros(2, 4, 16, 16, dtype=torch.float16)
+    with torch.inference_mode():
+        pipeline.vae.decode(latents)
+        found = decoder.decode_again(np.array([1]))
+    assert found.shape == (1, 32, 32, 3)
+    assert np.isfinite(found).all()
+
+
+def test_what_a_pipeline_refuses_is_told_in_one_line() -> None:
+    sampler = make_sampler("ldm")  # which looks at its size when it draws
+    sampler.configure(steps=2, guidance=None, size=65)
+    with pytest.raises(UserError, match=r"LDMTextToImagePipeline cannot draw .* by DDIM.*divisible by 8"):
+        sampler.sample(PLAN[:1])
+    with pytest.raises(UserError, match="cannot draw 65 pixels"):
+        make_sampler().configure(steps=2, guidance=None, size=65)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_stages_are_copied_for_each_batch(dtype: str) -> None:
+    pipeline = tiny_kandinsky()
+    place_pipeline(pipeline, "cpu", dtype)
+    sampler = DiffusersSampler(pipeline, steps=2, guidance=4.0, size=64, dtype=dtype)
+    first = np.stack(sampler.sample(PLAN[:2]))
+    assert np.array_equal(first, np.stack(sampler.sample(PLAN[:2])))
+    assert first.std() > 0
+    assert pipeline.decoder_pipe.scheduler.timesteps.shape == (1000,)  # a batch has its own
+    pipeline.movq.decoder.conv_out.bias.data[:] = float("nan")
+    with pytest.raises(UserError, match="holds NaN"):
         sampler.sample(PLAN[:2])

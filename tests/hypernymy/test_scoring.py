@@ -168,3 +168,29 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load the weights"):
         load_scorer(f"timm:resnet10t@{tmp_path / 'weights.pth'}", device="cpu", dtype="float32")
     assert not (tmp_path / "trap").exists()
+
+
+def test_pictures_that_do_not_fit_are_judged_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = load_scorer("embedded", device="cpu", dtype="float32")
+    pictures = make_natural_pictures(7, 64)
+    whole = scorer.score(pictures)
+    network, sizes = scorer._network, []
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(inputs))
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(inputs)
+
+    monkeypatch.setattr(scorer, "_network", forward)
+    assert np.abs(scorer.score(pictures) - whole).max() < 1e-4
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    scorer.score(pictures)
+    assert max(sizes[6:]) == 2  # it is not tried again
+
+    def refuse(inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scorer, "_network", refuse)
+    with pytest.raises(UserError, match="not even one picture fits the memory of cpu beside the model"):
+        scorer.score(pictures)

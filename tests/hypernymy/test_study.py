@@ -237,6 +237,10 @@ def test_pictures_made_elsewhere(tmp_path: Path) -> None:
 
     assert run.complete
     assert {name: len(logits) for name, logits in run.logits().items()} == {"bird.n.01": 3, "dog.n.01": 2}
+    (tmp_path / "made" / "dog" / "notes.txt").write_text("no picture")
+    (tmp_path / "made" / "runs").mkdir()
+    (tmp_path / "made" / "runs" / "manifest.json").write_text("{}")
+    assert run_study(study, tmp_path / "run", folder=tmp_path / "made").complete  # the same run still
     assert {row["synset"]: row["samples"] for row in read_results(run)["synsets"]} == {
         "bird.n.01": 3,
         "dog.n.01": 2,
