@@ -66,6 +66,7 @@ class Rows:
             added = [part for token, count in self.tokens.items() for part in token_parts(token, count)]
             self._saved[name] = (vocabulary, tokenizer._tokenizer.to_str())
             tokenizer.add_tokens(added)
+            pool_at_end(tokenizer, encoder)
             if tokenizer.convert_tokens_to_ids(added) != list(range(first, first + len(added))):
                 raise UserError(f"the tokenizer {type(tokenizer).__name__} does not take new tokens")
             embedding = RowEmbedding(vocabulary, first).to(vocabulary.weight.device)
@@ -142,6 +143,17 @@ class Rows:
             noise = torch.randn(self.tokens[token], weight.shape[1], generator=generator)
             found[name] = weight.mean(0) + weight.std(0) * noise.to(weight.device)
         return found
+
+
+def pool_at_end(tokenizer: Any, encoder: Any) -> None:
+    """Let a CLIP text encoder pool at the end of a text, wherever added tokens stand in it.
+
+    SDXL's and Flux's published configurations say that texts end with id 2; transformers then pools at the
+    largest id of a text, which is its end only as long as no token was added. Others stay as they are.
+    """
+    for module in encoder.modules():
+        if getattr(module, "eos_token_id", None) == 2:
+            module.eos_token_id = module.config.eos_token_id = tokenizer.eos_token_id
 
 
 def token_parts(token: str, count: int) -> list[str]:

@@ -27,7 +27,7 @@ from t2iprobe.inversion.adapters import (
     write_custom_diffusion,
     write_kohya_lora,
 )
-from t2iprobe.inversion.embeddings import check_token
+from t2iprobe.inversion.embeddings import check_token, pool_at_end
 from t2iprobe.inversion.weight_files import (
     KINDS,
     WeightFile,
@@ -393,6 +393,7 @@ def load_into(pipeline: Pipeline, embedding: Embedding) -> str:
         tokenizer, encoder = encoders[name]
         parts = [token, *(f"{token}_{number}" for number in range(1, len(rows)))]
         tokenizer.add_tokens(parts)
+        pool_at_end(tokenizer, encoder)
         if len(tokenizer) > encoder.get_input_embeddings().weight.shape[0]:  # T5 has more rows than tokens
             encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         matrix = encoder.get_input_embeddings().weight

@@ -391,6 +391,7 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
         "method": settings.method,
         "model": settings.model,
         "model_hash": learner.identity["model_hash"],
+        "pipeline": type(backbone.pipeline).__name__,
         "settings": json.loads(settings.model_dump_json()),
         "steps": learner.step,
         "stop": learner.stopped,

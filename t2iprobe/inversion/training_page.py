@@ -50,6 +50,8 @@ STATISTICS = {
 }
 LORA = "pytorch_lora_weights.safetensors"
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
+#: Pipelines that read the pooled output of a CLIP.
+POOLED = ("StableDiffusionXLPipeline", "FluxPipeline")
 TRAINED = {
     "textual-inversion": "{} beside its vocabulary",
     "dreambooth-lora": "adapters in its denoiser’s attention; {} beside its vocabulary, which did not train",
@@ -243,8 +245,20 @@ def write_usage(training: Training) -> str:
                 f", tokenizer=pipe.tokenizer{end}, text_encoder=pipe.text_encoder{end}" if rows[1:] else ""
             )
             lines.append(f'pipe.load_textual_inversion("OUT/{name}", token={token}{where})')
+    lines += write_pooling(training)
     prompt = json.dumps(f"a photo of a {training['token']}")
     return "\n".join([*lines, f'pipe({prompt}).images[0].save("picture.png")'])
+
+
+def write_pooling(training: Training) -> list[str]:
+    """Return the lines that let CLIP pool at the end of a prompt, as it did in training (`pool_at_end`)."""
+    if training.get("pipeline") not in POOLED:
+        return []
+    return [
+        "for module in (*pipe.text_encoder.modules(), *pipe.text_encoder_2.modules()):",
+        '    if getattr(module, "eos_token_id", None) == 2:  # else CLIP pools at the word, not at the end',
+        "        module.eos_token_id = pipe.tokenizer.eos_token_id",
+    ]
 
 
 def find_interface_file(training: Training) -> str | None:

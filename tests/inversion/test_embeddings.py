@@ -56,6 +56,27 @@ def test_only_the_rows_get_a_gradient(family: str) -> None:
         assert all(p.grad is None for p in encoder.parameters() if id(p) not in trained)
 
 
+def claim_id_two(encoder: torch.nn.Module) -> None:
+    """Let a CLIP say what the published configurations of SDXL and Flux say: that texts end with id 2."""
+    for module in encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = module.config.eos_token_id = 2
+
+
+@pytest.mark.parametrize(("family", "part"), [("sdxl", "text_embeds"), ("flux", "pooled")])
+def test_texts_are_pooled_at_their_end_and_not_at_the_token(family: str, part: str) -> None:
+    backbone = make_backbone(tiny_pipeline(family))
+    plain = backbone.encode(["a cat"])[part]
+    for _, encoder in backbone.encoders.values():
+        claim_id_two(encoder)
+    rows = Rows(backbone.encoders, {"<cat>": 1})
+    rows.set("<cat>", rows.at_random("<cat>", torch.Generator().manual_seed(0)))
+    one, other = backbone.encode(["a <cat>, close-up", "a <cat> xxxx yyyy"])[part]
+    assert not torch.allclose(one, other, atol=1e-3)  # the token reads nothing that stands behind it
+    rows.remove()
+    assert torch.equal(backbone.encode(["a cat"])[part], plain)
+
+
 def test_words_are_shared_out_over_the_rows() -> None:
     backbone = make_backbone(tiny_pipeline("sd"))
     tokenizer, encoder = backbone.encoders["clip_l"]

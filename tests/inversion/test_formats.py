@@ -282,6 +282,14 @@ def test_a_pipeline_uses_every_vector_after_loading(family: str) -> None:
     assert drawn.shape == (1, 32, 32, 3)
 
 
+def test_a_loaded_word_is_not_where_a_prompt_is_pooled() -> None:
+    pipeline = tiny_pipeline("sdxl")
+    inner = pipeline.text_encoder_2.text_model
+    inner.eos_token_id = 2  # as published
+    load_into(pipeline, make_two())
+    assert inner.eos_token_id == pipeline.tokenizer_2.eos_token_id
+
+
 def test_what_cannot_be_loaded_is_told_with_both_widths() -> None:
     pipeline = tiny_pipeline("sd")
     with pytest.raises(UserError, match=r"cannot load <cat>: .*width 768, but the model takes 32 \(clip_l\)"):

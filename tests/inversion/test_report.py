@@ -216,6 +216,31 @@ def test_the_written_lines_draw(tmp_path, tiny_model):
     assert (tmp_path / "drawn.png").stat().st_size > 100
 
 
+def test_the_written_lines_pool_prompts_as_the_training_did(tmp_path):
+    """SDXL, saved as it is published: with 2 as the end of a text."""
+    import torch
+
+    from t2iprobe.inversion.formats import Embedding, write_embedding
+    from t2iprobe.testing import tiny_pipeline
+
+    pipeline = tiny_pipeline("sdxl")
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.config.eos_token_id = 2
+    pipeline.save_pretrained(tmp_path)
+    rows = {name: torch.randn(1, 32) for name in ("clip_l", "clip_g")}
+    written = write_embedding(tmp_path / "learned_embeds.safetensors", Embedding(TOKEN, rows), "diffusers")
+    names = [path.name for path in written]
+    training = make_training(tmp_path, grids=(), model=str(tmp_path), files=[*names, "harp.safetensors"])
+    ends = []
+    for family in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        lines = training_page.write_usage({**training, "pipeline": family}).replace("OUT", str(tmp_path))
+        exec(lines.rpartition("\n")[0], found := {})  # all but the drawing
+        pipe = found["pipe"]
+        ends.append([pipe.text_encoder.eos_token_id, pipe.text_encoder_2.text_model.eos_token_id])
+
+    assert ends == [[2, 2], [pipeline.tokenizer.eos_token_id] * 2]
+
+
 def test_numbers_in_the_teaching_page_are_those_of_its_json(taught):
     texts, rows = taught.page.texts, taught.results["words"]
     for method in taught.results["methods"]:
