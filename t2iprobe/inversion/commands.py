@@ -173,9 +173,10 @@ def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> di
     try:
         settings = Training(**outcome["settings"])
         folder = Path(outcome["pictures"][0]).parent
+        begun = ",".join(outcome["initial"]["words"]) or settings.init
     except (ValidationError, KeyError, IndexError, TypeError):
         raise UserError(f"{out / 'training.json'} is damaged: its settings or pictures are none") from None
-    changes: dict[str, Any] = {"evaluate": pictures} | ({"features": features} if features else {})
+    changes = {"evaluate": pictures, "init": begun, "features": features or settings.features}
     settings = settings.model_copy(update=changes)
     backbone = load_backbone(settings)
     concept = read_concept(folder, outcome["token"], settings, backbone, skip_bad=True)

@@ -65,16 +65,18 @@ def nearest_words(
 
     Of a vocabulary larger than the first round (ROUNDS), that many words are chosen by a score of all: the
     loss's gradient at the words' mean, to first order. Their loss is computed on one fixed input, that of the
-    best of them on more. Kept in the user's cache if `key` is given.
+    best of them on more. Whatever the token is called, the words are the same. Kept in the user's cache if
+    `key` is given.
     """
-    cache = _cache_file(concept, moments, seed, key) if key else None
+    about = (ROUNDS, key, backbone.dtype, rows.tokens[concept.token], seed)
+    cache = _cache_file(concept, moments, about) if key else None
     if cache is not None:
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
             return json.loads(cache.read_text(encoding="utf-8"))
     words = list_words(next(iter(backbone.encoders.values()))[0])
     if not words:
         raise UserError("the model's vocabulary has no whole words: give --init random")
-    inputs = draw_inputs(concept, moments.mean.shape[2:], ITEMS, (seed, concept.token, "nearest"))
+    inputs = draw_inputs(concept, moments.mean.shape[2:], ITEMS, (seed, "nearest"))
     chosen = words
     if len(words) > ROUNDS[0][0]:
         ranks = _rank_by_gradient(backbone, rows, concept, moments, inputs, words)
@@ -156,8 +158,8 @@ def _word_losses(
     return losses
 
 
-def _cache_file(concept: Concept, moments: Moments, seed: int, key: str) -> Path:
-    digest = hashlib.sha256(f"{ROUNDS}/{key}/{seed}/{concept.captions or concept.templates}".encode())
+def _cache_file(concept: Concept, moments: Moments, about: tuple[Any, ...]) -> Path:
+    digest = hashlib.sha256(f"{about}/{concept.captions or concept.templates}".encode())
     digest.update(concept.pictures.numpy().tobytes())
     digest.update(str(tuple(moments.mean.shape)).encode())
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

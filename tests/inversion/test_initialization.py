@@ -1,11 +1,13 @@
 """Where the rows begin."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from t2iprobe.errors import UserError
+from t2iprobe.inversion import initialization
 from t2iprobe.inversion.backbones import make_backbone
 from t2iprobe.inversion.concepts import encode_moments, load_concept
 from t2iprobe.inversion.embeddings import Rows
@@ -57,7 +59,7 @@ def test_the_nearest_word_is_the_one_that_denoises_best() -> None:
     ranked = nearest_words(backbone, rows, concept, moments, key="model")
     losses = [loss for _, loss in ranked]
     assert losses == sorted(losses)
-    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "<harp>", "nearest"))
+    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "nearest"))
     with torch.no_grad():
         word, loss = ranked[3]
         prompts = [caption.replace("<harp>", word) for caption in inputs.captions]
@@ -77,6 +79,30 @@ def test_the_nearest_word_is_the_one_that_denoises_best() -> None:
     assert torch.allclose(rows.vectors("<harp>")["clip_l"][0], expected)
 
 
+def test_the_nearest_words_depend_on_what_their_cache_is_named_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initialization, "ROUNDS", ((8, 1), (4, 2)))
+    pipeline = load_pipeline("embedded", dtype="float32")
+
+    def rank(token: str = "<harp>", vectors: int = 1, dtype: str = "float32", key: str = "") -> list[Any]:
+        backbone = make_backbone(pipeline, dtype=dtype)
+        concept = load_concept(HARP, token, size=backbone.size, templates=["An image of a {}."])
+        moments = encode_moments(backbone, concept)
+        rows = Rows(backbone.encoders, {token: vectors})
+        ranked = nearest_words(backbone, rows, concept, moments, key=key)
+        rows.remove()
+        return ranked
+
+    one = rank(key="model")
+    assert rank("<lyre>") == rank("<lyre>", key="model") == one
+    cached = tmp_path / "cache" / "t2iprobe" / "nearest_words"
+    assert len(list(cached.iterdir())) == 1
+    rank(vectors=2, key="model")
+    rank(dtype="bfloat16", key="model")
+    assert len(list(cached.iterdir())) == 3
+
+
 @pytest.mark.slow
 def test_one_of_the_best_words_of_all_is_found() -> None:
     """Of all words of the vocabulary, exhaustively judged, one of the five best is among those looked at."""
@@ -85,7 +111,7 @@ def test_one_of_the_best_words_of_all_is_found() -> None:
     moments = encode_moments(backbone, concept)
     rows = Rows(backbone.encoders, {"<harp>": 1})
     looked_at = dict(nearest_words(backbone, rows, concept, moments))
-    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "<harp>", "nearest"))
+    inputs = draw_inputs(concept, moments.mean.shape[2:], 8, (0, "nearest"))
     words = list_words(backbone.encoders["clip_l"][0])
     losses = {}
     with torch.no_grad():

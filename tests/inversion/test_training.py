@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
-from t2iprobe.inversion.commands import load_backbone, load_training, read_concept, train_folders
+from t2iprobe.inversion.commands import (
+    evaluate_folder,
+    load_backbone,
+    load_training,
+    read_concept,
+    train_folder,
+    train_folders,
+)
 from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.training import train_concepts
@@ -278,3 +285,17 @@ def test_the_clip_rule_watches_likeness_to_the_pictures(
     assert [step for step, _ in found["curve"]] == [0, 2, 4]
     assert all(-1 <= likeness <= 1 for _, likeness in found["curve"])
     assert len({likeness for _, likeness in found["curve"]}) > 1  # pictures of now, not of the beginning
+
+
+def test_an_evaluation_later_compares_with_where_the_training_began(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2iprobe.inversion import initialization
+
+    words = iter(["abc"])  # looked for once
+    monkeypatch.setattr(initialization, "nearest_words", lambda *_: [[next(words), 0.1]])
+    settings = settings_for(tiny_model, init="nearest", evaluate=1, max_steps=2, row_rate=1.0)
+    first = train_folder(concept_folder, "<cat>", settings, tmp_path)["evaluation"]
+    again = evaluate_folder(tmp_path, 1)["evaluation"]
+    assert again == first
+    assert first["likeness"]["before"]["value"] != first["likeness"]["value"]
