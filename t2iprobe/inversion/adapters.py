@@ -1,6 +1,7 @@
 """Adapters in and out: Custom Diffusion's keys and values, LoRA as diffusers and as kohya name it."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -116,12 +117,14 @@ def write_kohya_lora(file: WeightFile, target: Path) -> Path:
         raise UserError(
             f"the form kohya is a .safetensors file: call it {target.with_suffix('.safetensors')}"
         )
-    alphas = _adapter_alphas(file)
+    alphas = _find_alphas(file)
     content: dict[str, Tensor] = {}
     for name, weight in file.content.items():
         match = LORA_WEIGHT.fullmatch(name)
         assert match  # by _find_kind
-        component, _, module = (match["module"] or name).partition(".")
+        if match["scaled"]:
+            continue
+        component, _, module = match["module"].partition(".")
         if component not in _KOHYA_PREFIXES:
             raise UserError(
                 f"{file.path} cannot be written as kohya: {name} is not of a UNet or its text encoders "
@@ -137,7 +140,9 @@ def write_kohya_lora(file: WeightFile, target: Path) -> Path:
         side = _SIDES.get(match["side"], match["side"])
         content[f"{base}.lora_{side}.weight"] = weight.contiguous()
         if side == "down":
-            content[f"{base}.alpha"] = torch.tensor(float(alphas.get(component, weight.shape[0])))
+            content[f"{base}.alpha"] = torch.tensor(alphas.pop(match["module"]))
+    if alphas:
+        raise UserError(f"{file.path} cannot be written as kohya: it scales {min(alphas)} without weights")
     ranks = [weight.shape[0] for name, weight in content.items() if ".lora_down." in name]
     spec = {
         "ss_network_module": "networks.lora",
@@ -151,26 +156,45 @@ def write_kohya_lora(file: WeightFile, target: Path) -> Path:
     return target
 
 
-def _adapter_alphas(file: WeightFile) -> dict[str, float]:
-    """Return component → alpha, as diffusers notes it; without a note it is the rank."""
+def _find_alphas(file: WeightFile) -> dict[str, float]:
+    """Return module → alpha: alpha / rank times its product counts. Without a word of it, it is the rank.
+
+    It stands beside the weights, or in the PEFT configurations that diffusers notes.
+    Raises UserError where these are damaged.
+    """
+    stored, found = {}, {}
     try:
         noted = json.loads(file.metadata.get(_ADAPTER_METADATA, "{}"))
-    except ValueError:
-        return {}
-    ending = ".lora_alpha"
-    return {name[: -len(ending)]: float(value) for name, value in noted.items() if name.endswith(ending)}
+        for name, weight in file.content.items():
+            match = LORA_WEIGHT.fullmatch(name)
+            assert match  # by _find_kind
+            if match["scaled"]:
+                stored[re.sub("[._]lora$", "", match["scaled"])] = float(weight)
+            elif _SIDES.get(match["side"], match["side"]) == "down":
+                found[match["module"]] = _noted_alpha(noted, match["module"], weight.shape[0])
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise UserError(f"{file.path} is damaged: its {_ADAPTER_METADATA} is none ({error})") from None
+    return found | stored
+
+
+def _noted_alpha(noted: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return a module's alpha by its component's configuration, as PEFT reads it."""
+    component, _, module = name.partition(".")
+    patterns = noted.get(f"{component}.alpha_pattern") or {}
+    fitting = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    alpha = patterns.get(next(fitting, None), noted.get(f"{component}.lora_alpha", rank))
+    # PEFT then divides by the root of the rank, kohya always by the rank
+    return float(alpha) * (math.sqrt(rank) if noted.get(f"{component}.use_rslora") else 1)
 
 
 def describe_lora(file: WeightFile) -> dict[str, Any]:
     components: dict[str, int] = {}
-    ranks, alphas, widths = [], set(_adapter_alphas(file).values()), set()
+    ranks, widths = [], set()
     kohya = any(name.startswith("lora_") for name in file.content)
     for name, weight in file.content.items():
         match = LORA_WEIGHT.fullmatch(name)
         assert match  # by _find_kind
-        if match["scaled"]:
-            alphas.add(float(weight))
-        elif _SIDES.get(match["side"], match["side"]) == "down":
+        if not match["scaled"] and _SIDES.get(match["side"], match["side"]) == "down":
             ranks.append(weight.shape[0])
             module = match["module"]
             if kohya:
@@ -187,7 +211,7 @@ def describe_lora(file: WeightFile) -> dict[str, Any]:
         "form": "kohya" if kohya else "diffusers",
         "rank": max(ranks),
         "ranks": sorted(set(ranks)),
-        "alpha": sorted(alphas),
+        "alpha": sorted(set(_find_alphas(file).values())),
         "modules": len(ranks),
         "components": components,
         "dtype": list_dtypes(weight for name, weight in file.content.items() if not name.endswith(".alpha")),

@@ -413,9 +413,11 @@ def test_custom_diffusion_of_another_model_changes_nothing() -> None:
     assert torch.equal(predict(pipeline.unet), before)
 
 
-def add_lora(module: Any, rank: int, alpha: int, targets: list[str]) -> LoraConfig:
+def add_lora(module: Any, rank: int, alpha: int, targets: list[str], **more: Any) -> LoraConfig:
     torch.manual_seed(rank)
-    configuration = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets)
+    configuration = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets, **more
+    )
     module.add_adapter(configuration)
     return configuration
 
@@ -455,6 +457,53 @@ def test_lora_weights_are_described_and_load_in_kohyas_form(tmp_path: Path, fami
     official.load_lora_weights(str(source))
     assert_same_pipeline(loaded, trained)
     assert_same_pipeline(official, trained)
+
+
+@pytest.mark.parametrize("more", [{"alpha_pattern": {"attn1.to_q": 12, "to_k": 2}}, {"use_rslora": True}])
+def test_lora_keeps_its_scales_in_kohyas_form(tmp_path: Path, more: dict[str, Any]) -> None:
+    trained = tiny_pipeline("sd")
+    configuration = add_lora(trained.unet, 4, 6, ["to_q", "to_k", "to_v"], **more)
+    trained.save_lora_weights(
+        str(tmp_path),
+        unet_lora_layers=get_peft_model_state_dict(trained.unet),
+        unet_lora_adapter_metadata=configuration.to_dict(),
+    )
+    expected = [12.0] if "use_rslora" in more else [2.0, 6.0, 12.0]
+    assert inspect(tmp_path)["alpha"] == expected
+
+    (path,) = convert(tmp_path, tmp_path / "kohya.safetensors", "kohya")
+
+    assert inspect(path)["alpha"] == expected
+    weights, count = load_file(path), 0
+    for name, module in trained.unet.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            base = f"lora_unet_{name.replace('.', '_')}"
+            down, up = weights[f"{base}.lora_down.weight"], weights[f"{base}.lora_up.weight"]
+            added = float(weights[f"{base}.alpha"]) / len(down) * up @ down
+            assert torch.allclose(added, module.get_delta_weight("default"), atol=1e-6)
+            count += 1
+    assert count == len(weights) / 3 > 0
+
+
+def test_scales_that_stand_beside_lora_weights_are_kept(tmp_path: Path) -> None:
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+    weights = {f"{name}.lora_A.weight": make_rows(4), f"{name}.lora_B.weight": make_rows(4).T.contiguous()}
+    source, target = tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors"
+    save_file({**weights, f"{name}.alpha": torch.tensor(1.0)}, source)
+
+    convert(source, target, "kohya")
+
+    module = name.replace("unet.", "lora_unet.").replace(".", "_")
+    assert set(load_file(target)) == {
+        f"{module}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert load_file(target)[f"{module}.alpha"] == inspect(source)["alpha"][0] == 1
+    save_file({**weights, "unet.other.alpha": torch.tensor(1.0)}, source)
+    with pytest.raises(UserError, match=r"it scales unet\.other without weights"):
+        convert(source, target, "kohya")
+    save_file(weights, source, {"lora_adapter_metadata": '["unet"]'})
+    with pytest.raises(UserError, match="its lora_adapter_metadata is none"):
+        convert(source, target, "kohya")
 
 
 def assert_same_pipeline(loaded: Any, trained: Any) -> None:
