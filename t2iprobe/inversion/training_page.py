@@ -270,7 +270,8 @@ def find_interface_file(training: Training) -> str | None:
 def list_interfaces(training: Training) -> list[dict[str, str]]:
     """Return for each user interface {where, commands, prompt}: how it gets what was trained."""
     file = find_interface_file(training)
-    if file is None or CUSTOM_DIFFUSION in training["files"]:
+    flux = training.get("pipeline") == "FluxPipeline"  # kohya joins what diffusers trains apart there
+    if file is None or CUSTOM_DIFFUSION in training["files"] or (flux and LORA in training["files"]):
         return []
     name = Path(file).stem
     rows = (

@@ -197,6 +197,14 @@ def test_a_model_without_a_loader_gets_ours(trained):
     assert training_page.list_interfaces(training) == []
 
 
+def test_no_command_is_told_for_adapters_that_kohya_has_no_names_for(trained):
+    files = [training_page.LORA, "learned_embeds.safetensors", "harp.safetensors"]
+    training = {**trained.training, "pipeline": "FluxPipeline"}
+    assert training_page.list_interfaces({**training, "files": files}) == []
+    assert training_page.list_interfaces({**training, "files": files[1:]})
+    assert training_page.list_interfaces({**trained.training, "files": files})
+
+
 def test_the_written_lines_draw(tmp_path, tiny_model):
     """A row that a training wrote, loaded by the page's own lines."""
     import torch
