@@ -9,6 +9,7 @@ import torch
 from t2iprobe.attention import attend_plainly
 from t2iprobe.devices import keep_freed_memory
 from t2iprobe.errors import UserError
+from t2iprobe.inversion.embeddings import spell_tokens
 from t2iprobe.pipelines import Pipeline
 
 Conditioning = dict[str, torch.Tensor]  # each [batch, …]
@@ -165,6 +166,11 @@ class Flux(Backbone):
     def __init__(self, pipeline: Pipeline, *, dtype: str = "float32", size: int | None = None) -> None:
         super().__init__(pipeline, dtype=dtype, size=size)
         self._t5: dict[str, torch.Tensor] = {}
+        read = pipeline._get_t5_prompt_embeds
+        # Whoever draws with this pipeline gives T5 the words that it reads in training.
+        pipeline._get_t5_prompt_embeds = lambda prompt, **more: read(
+            [spell_tokens(p) for p in prompt], **more
+        )
 
     def _default_size(self) -> int:
         return int(self.pipeline.default_sample_size) * self.factor
@@ -178,16 +184,10 @@ class Flux(Backbone):
             if prompt not in self._t5:
                 with torch.no_grad():
                     self._t5[prompt] = self.pipeline._get_t5_prompt_embeds(
-                        prompt=self._spell(prompt), max_sequence_length=77, device=self.device
+                        prompt=[prompt], max_sequence_length=77, device=self.device
                     )
         pooled = self.pipeline._get_clip_prompt_embeds(prompt=list(prompts), device=self.device)
         return {"text": torch.cat([self._t5[prompt] for prompt in prompts]), "pooled": pooled}
-
-    @staticmethod
-    def _spell(prompt: str) -> str:
-        """Return a prompt for T5, whose vocabulary has no rows: ``<my-cat>`` as ``my cat``."""
-        words = [word for word in prompt.split() if ">#" not in word]
-        return " ".join(word.strip("<>").replace("-", " ") for word in words)
 
     def predict(self, noisy: torch.Tensor, times: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Return the velocity float32 [b, c, h, w] for `noisy` [b, c, h, w] at `times` [b]."""

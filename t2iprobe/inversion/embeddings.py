@@ -161,6 +161,12 @@ def token_parts(token: str, count: int) -> list[str]:
     return [token, *(f"{token}#{number}" for number in range(1, count))]
 
 
+def spell_tokens(prompt: str) -> str:
+    """Return a prompt in plain words, a token's vectors as one: ``<my-cat> <my-cat>#1`` as ``my cat``."""
+    prompt = re.sub(rf"\s*{_TOKEN.pattern}#\d+", "", prompt)
+    return _TOKEN.sub(lambda token: token[0].strip("<>").replace("-", " "), prompt)
+
+
 def check_token(token: str, others: Iterable[str]) -> None:
     """Raise UserError for a token that prompts could not hold safely beside `others`."""
     if any(letter.isspace() for letter in token):

@@ -247,6 +247,10 @@ def write_usage(training: Training) -> str:
             lines.append(f'pipe.load_textual_inversion("OUT/{name}", token={token}{where})')
     lines += write_pooling(training)
     prompt = json.dumps(f"a photo of a {training['token']}")
+    if training.get("pipeline") == "FluxPipeline":  # whose T5 has no row for the token
+        from t2iprobe.inversion.embeddings import spell_tokens
+
+        prompt += f", prompt_2={spell_tokens(prompt)}"
     return "\n".join([*lines, f'pipe({prompt}).images[0].save("picture.png")'])
 
 

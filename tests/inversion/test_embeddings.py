@@ -7,7 +7,7 @@ import torch
 
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import make_backbone
-from t2iprobe.inversion.embeddings import Rows, check_token
+from t2iprobe.inversion.embeddings import Rows, check_token, spell_tokens
 from t2iprobe.testing import tiny_pipeline
 
 FAMILIES = ("sd", "sdxl", "ldm", "flux")
@@ -54,6 +54,27 @@ def test_only_the_rows_get_a_gradient(family: str) -> None:
     trained = {id(p) for token in rows.tokens for p in rows.parameters(token).values()}
     for _, encoder in backbone.encoders.values():
         assert all(p.grad is None for p in encoder.parameters() if id(p) not in trained)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a photo of a <my-cat>, close-up", "a photo of a my cat, close-up"),
+        ("a <my-cat> <my-cat>#1 <my-cat>#2, a well-known one", "a my cat, a well-known one"),
+        ("<c3-p.o> <c3-p.o>#1's friends < 3", "c3 p.o's friends < 3"),
+    ],
+)
+def test_tokens_are_spelled_and_the_rest_stays(prompt: str, words: str) -> None:
+    assert spell_tokens(prompt) == words
+
+
+def test_fluxs_t5_reads_the_same_words_in_training_and_in_drawing() -> None:
+    backbone = make_backbone(tiny_pipeline("flux"))
+    prompt, words = "a <my-cat> <my-cat>#1, close-up", "a my cat, close-up"
+    drawn = backbone.pipeline.encode_prompt(prompt, None, max_sequence_length=77)[0]
+    plain = tiny_pipeline("flux").encode_prompt(words, None, max_sequence_length=77)[0]
+    assert torch.allclose(drawn, plain, atol=1e-4)
+    assert torch.allclose(backbone.encode([prompt])["text"], plain, atol=1e-4)
 
 
 def claim_id_two(encoder: torch.nn.Module) -> None:

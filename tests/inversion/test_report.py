@@ -197,6 +197,12 @@ def test_a_model_without_a_loader_gets_ours(trained):
     assert training_page.list_interfaces(training) == []
 
 
+def test_fluxs_t5_is_given_plain_words(trained):
+    lines = training_page.write_usage({**trained.training, "token": "<my-cat>", "pipeline": "FluxPipeline"})
+    compile(lines, "usage", "exec")
+    assert 'pipe("a photo of a <my-cat>", prompt_2="a photo of a my cat")' in lines
+
+
 def test_no_command_is_told_for_adapters_that_kohya_has_no_names_for(trained):
     files = [training_page.LORA, "learned_embeds.safetensors", "harp.safetensors"]
     training = {**trained.training, "pipeline": "FluxPipeline"}
