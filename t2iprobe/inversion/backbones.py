@@ -23,6 +23,7 @@ class Backbone:
 
     denoiser_name = "unet"
     autoencoder_name = "vae"
+    multiple = 8  # of a picture's side
 
     def __init__(self, pipeline: Pipeline, *, dtype: str = "float32", size: int | None = None) -> None:
         self.pipeline = pipeline
@@ -32,8 +33,10 @@ class Backbone:
         self.device = next(self.denoiser.parameters()).device
         self.encoders = self._find_encoders()
         self.size = size or self._default_size()
-        if self.size % 8:
-            raise UserError(f"pictures have a multiple of 8 pixels a side, not {self.size}: change --size")
+        if self.size % self.multiple:
+            raise UserError(
+                f"pictures have a multiple of {self.multiple} pixels a side, not {self.size}: change --size"
+            )
         for module in (self.denoiser, self.autoencoder, *(encoder for _, encoder in self.encoders.values())):
             module.requires_grad_(False).eval()  # LDM's encoder has dropout, which would make the loss random
         configuration = self.autoencoder.config
@@ -162,6 +165,7 @@ class Flux(Backbone):
     """Flux: rows in its CLIP alone, whose pooled output steers every block; T5 reads plain words."""
 
     denoiser_name = "transformer"
+    multiple = 16  # latents are packed by twos
 
     def __init__(self, pipeline: Pipeline, *, dtype: str = "float32", size: int | None = None) -> None:
         super().__init__(pipeline, dtype=dtype, size=size)

@@ -139,6 +139,12 @@ def test_captions_that_were_read_before_are_those_of_the_pipeline() -> None:
         assert torch.equal(check(), before)
 
 
+def test_a_size_that_a_family_cannot_draw_is_told() -> None:
+    assert make_backbone(tiny_pipeline("sd"), size=24).size == 24
+    with pytest.raises(UserError, match="a multiple of 16 pixels a side, not 24: change --size"):
+        make_backbone(tiny_pipeline("flux"), size=24)
+
+
 def test_a_family_that_cannot_be_trained_is_told() -> None:
     class KandinskyPipeline: ...
 
