@@ -216,11 +216,18 @@ class Flux(Backbone):
 
 
 class Diffusion:
-    """The variance-preserving process of DDPM, with the scheduler's betas and prediction."""
+    """The variance-preserving process of DDPM, with the scheduler's betas and prediction.
+
+    Raises UserError for a scheduler of another process.
+    """
 
     def __init__(self, configuration: Any) -> None:
         from diffusers import DDPMScheduler
 
+        if "beta_schedule" not in configuration or configuration.get("use_flow_sigmas"):
+            raise UserError(
+                "training knows no scheduler without betas, as EDM and flows have: take another model"
+            )
         scheduler = DDPMScheduler.from_config(configuration)
         self.alphas = scheduler.alphas_cumprod.float()
         self.prediction = scheduler.config.prediction_type

@@ -1,13 +1,24 @@
 """The loss: what is drawn for it, what stays fixed, and that it is the denoiser's error."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from t2iprobe.errors import UserError
-from t2iprobe.inversion.backbones import Flow, make_backbone
+from t2iprobe.inversion.backbones import Diffusion, Flow, make_backbone
 from t2iprobe.inversion.concepts import Concept, encode_moments, load_concept
 from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.objective import PARTS, FixedInputs, denoising_losses, draw_inputs
@@ -84,6 +95,28 @@ def test_the_loss_is_that_of_diffusers_scheduler(concept: Concept, prediction: s
             "sample": clean,
         }[prediction]
     assert torch.allclose(losses, (made - target).square().mean((1, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMDPMSolverMultistepScheduler(),
+        EDMEulerScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    ],
+)
+def test_a_scheduler_of_another_process_is_told(scheduler: Any) -> None:
+    pipeline = tiny_pipeline("sd")
+    pipeline.scheduler = scheduler
+    with pytest.raises(UserError, match="training knows no scheduler without betas"):
+        make_backbone(pipeline)
+
+
+def test_stable_diffusions_schedulers_have_betas() -> None:
+    for kind in (DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, UniPCMultistepScheduler):
+        assert Diffusion(kind().config).prediction == "epsilon"
 
 
 def test_flow_goes_straight_from_latents_to_noise() -> None:
