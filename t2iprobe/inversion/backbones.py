@@ -56,7 +56,7 @@ class Backbone:
         return int(self.denoiser.config.sample_size) * self.factor
 
     def _make_noise(self) -> "Diffusion | Flow":
-        return Diffusion(self.pipeline.scheduler.config)
+        return Diffusion(self.pipeline.scheduler)
 
     @property
     def factor(self) -> int:
@@ -221,14 +221,14 @@ class Diffusion:
     Raises UserError for a scheduler of another process.
     """
 
-    def __init__(self, configuration: Any) -> None:
+    def __init__(self, scheduler: Any) -> None:
         from diffusers import DDPMScheduler
 
-        if "beta_schedule" not in configuration or configuration.get("use_flow_sigmas"):
+        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
             raise UserError(
                 "training knows no scheduler without betas, as EDM and flows have: take another model"
             )
-        scheduler = DDPMScheduler.from_config(configuration)
+        scheduler = DDPMScheduler.from_config(scheduler.config)
         self.alphas = scheduler.alphas_cumprod.float()
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction", "sample"):

@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_diffusers_scheduler(concept: Concept, prediction: s
     "scheduler",
     [
         EDMDPMSolverMultistepScheduler(),
-        EDMEulerScheduler(),
+        EDMEulerScheduler.from_config(DDPMScheduler().config),
         FlowMatchEulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(use_flow_sigmas=True),
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
@@ -116,7 +116,7 @@ def test_a_scheduler_of_another_process_is_told(scheduler: Any) -> None:
 
 def test_stable_diffusions_schedulers_have_betas() -> None:
     for kind in (DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, UniPCMultistepScheduler):
-        assert Diffusion(kind().config).prediction == "epsilon"
+        assert Diffusion(kind()).prediction == "epsilon"
 
 
 def test_flow_goes_straight_from_latents_to_noise() -> None:
