@@ -26,16 +26,29 @@ def read_picture(path: Path, background: str = "white") -> np.ndarray:
         with Image.open(path) as file:
             file.load()
             image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):  # Pillow would clip it
-            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+        if image.mode[0] in "IF":  # Pillow would clip it
+            image = Image.fromarray(_scale(np.asarray(image), image.mode, file.format))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot read the picture {path} ({error}): repair it, remove it, or add --skip-bad"
+            f"cannot read the picture {path} ({reason}): repair it, remove it, or add --skip-bad"
         ) from None
+
+
+def _scale(values: np.ndarray, mode: str, form: str | None) -> np.ndarray:
+    """Return a greyscale picture of 16 bits, or of floats from 0 to 1, as uint8 [H, W].
+
+    Raises ValueError for what may have any scale.
+    """
+    if mode.startswith("I;16") or (mode == "I" and form == "PPM"):  # of which Pillow makes 16 bits
+        return (values.astype(np.uint16) >> 8).astype(np.uint8)
+    if mode == "F" and (values >= 0).all() and (values <= 1).all():
+        return (values * 255).round().astype(np.uint8)
+    raise ValueError("its numbers have no certain scale: 8 or 16 bits have, and floats from 0 to 1")
 
 
 def crop_square(picture: np.ndarray, size: int) -> np.ndarray:
