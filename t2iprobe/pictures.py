@@ -1,18 +1,38 @@
 """Pictures from files: any format that Pillow reads, upright, opaque."""
 
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
 
 from t2iprobe.errors import UserError
 
+# Pictures and films that Pillow may have no reader for. Of a camera's raw file it would read the thumbnail.
+_STRANGE = {
+    ".3gp", ".arw", ".avi", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl",
+    ".jxr", ".m4v", ".mkv", ".mov", ".mp4", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".svg",
+    ".webm", ".webp", ".wmv", ".xcf",
+}  # fmt: skip
+
 
 def picture_files(folder: Path) -> list[Path]:
     """Return the files of a folder whose endings Pillow opens, sorted by name; hidden ones are left out."""
+    return _list_files(folder, _opened_endings())
+
+
+def strange_files(folder: Path) -> list[Path]:
+    """Return the pictures and films of a folder that Pillow has no reader for, as `picture_files` does."""
+    return _list_files(folder, _STRANGE - _opened_endings())
+
+
+def _list_files(folder: Path, endings: Set[str]) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.name[0] != ".")
+
+
+def _opened_endings() -> set[str]:
     from PIL import Image
 
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.name[0] != ".")
+    return {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
 
 def read_picture(path: Path, background: str = "white") -> np.ndarray:

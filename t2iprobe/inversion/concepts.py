@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from t2iprobe.errors import UserError
-from t2iprobe.pictures import crop_square, picture_files, read_picture
+from t2iprobe.pictures import crop_square, picture_files, read_picture, strange_files
 
 if TYPE_CHECKING:
     from t2iprobe.inversion.backbones import Backbone
@@ -75,6 +75,11 @@ def load_concept(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one with a few pictures of the concept")
+    if not skip_bad and (strange := strange_files(folder)):
+        raise UserError(
+            f"cannot read {strange[0]}: Pillow opens no {strange[0].suffix} files here: "
+            "convert it to PNG or JPEG, remove it, or add --skip-bad"
+        )
     pictures, used, files = [], [], picture_files(folder)
     for file in files:
         try:

@@ -79,6 +79,18 @@ def test_bad_folders_are_told_in_one_line(tmp_path: Path) -> None:
         load_concept(folder, "<cat>", size=16, templates=["a cat"], skip_bad=True)
 
 
+def test_pictures_that_pillow_has_no_reader_for_are_named(concept_folder: Path) -> None:
+    for name in ("0.txt.json", "notes.txt", ".hidden.heic", "Thumbs.db"):
+        (concept_folder / name).write_text("{}")
+    assert len(load_concept(concept_folder, "<cat>", size=16).files) == 3
+    (concept_folder / "IMG_1.HEIC").write_bytes(b"anything")
+    with pytest.raises(
+        UserError, match=r"cannot read .*IMG_1\.HEIC: Pillow opens no \.HEIC files.*--skip-bad"
+    ):
+        load_concept(concept_folder, "<cat>", size=16)
+    assert len(load_concept(concept_folder, "<cat>", size=16, skip_bad=True).files) == 3
+
+
 def test_cached_moments_give_the_latents_that_encoding_each_time_gives(concept_folder: Path) -> None:
     pipeline = tiny_pipeline("sd")
     backbone = make_backbone(pipeline)
