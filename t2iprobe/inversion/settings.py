@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Training(BaseModel):
@@ -53,3 +53,11 @@ class Training(BaseModel):
     compile: bool = Field(False, description="compile the denoiser: pays for many concepts")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the networks")
+
+    @field_validator("background")
+    @classmethod
+    def _check_colour(cls, name: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(name)  # else a transparent picture would be told to be unreadable
+        return name

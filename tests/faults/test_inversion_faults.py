@@ -407,6 +407,7 @@ def test_a_token_that_cannot_be_one_is_refused(
         (["--vectors", "0"], "bad value for vectors: 0"),
         (["--vectors", "80"], "of the 77 tokens that are read none is left for <cat>#79"),
         (["--template", f"{'very ' * 20}old {{}}"], "is too long: of the 77 tokens"),
+        (["--set", "background=nocolour"], "bad value for background: 'nocolour'"),
         (["--row-rate", "inf"], "bad value for row_rate: inf"),
         (["--template", "a photo"], "the template 'a photo' has no place for the token"),
         (["--init", ","], "--init takes nearest, random, or words by commas"),
