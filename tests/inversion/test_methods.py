@@ -9,6 +9,7 @@ import torch
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone, make_backbone
 from t2iprobe.inversion.methods import METHODS, Method, find_method
+from t2iprobe.inversion.training_page import find_interface_file
 from t2iprobe.testing import tiny_pipeline
 
 CASES = [
@@ -83,6 +84,19 @@ def test_diffusers_own_loaders_give_the_same_prediction(name: str, family: str, 
     loaded = make_backbone(fresh)
     assert torch.allclose(predict(loaded, "a <cat>"), taught, atol=1e-5)
     assert not torch.allclose(predict(loaded, "a cat"), taught, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["state", "learned_embeds", "learned_embeds_2", "pytorch_lora_weights"])
+def test_a_token_named_as_another_file_loses_none(name: str, tmp_path: Path) -> None:
+    """The training removes its state, diffusers loads the others."""
+    method = METHODS["dreambooth-lora"](make_backbone(tiny_pipeline("sdxl")), {f"<{name}>": 1})
+    files = method.save(f"<{name}>", tmp_path, {})
+    assert files == [
+        *("pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "learned_embeds_2.safetensors"),
+        f"token-{name}.safetensors",
+    ]
+    assert find_interface_file({"files": files}) == files[-1]
+    method.load(f"<{name}>", tmp_path)
 
 
 def test_a_pipeline_that_cannot_do_the_method_is_told_which_can() -> None:

@@ -74,7 +74,7 @@ class Method:
         embedding = Embedding(token, vectors, dict(metadata))
         written = write_embedding(folder / "learned_embeds.safetensors", embedding, "diffusers")
         if "bert" not in vectors:  # no UI runs LDM
-            written += write_embedding(folder / f"{token.strip('<>')}.safetensors", embedding, "kohya")
+            written += write_embedding(folder / name_interface_file(token), embedding, "kohya")
         return [path.name for path in written]
 
     def load(self, token: str, folder: Path) -> None:
@@ -85,3 +85,10 @@ class Method:
     def remove(self) -> None:
         """Take rows and weights out of the backbone."""
         self.rows.remove()
+
+
+def name_interface_file(token: str) -> str:
+    """Return the file's name by which user interfaces know a token: its own, where no other file has that."""
+    name = token.strip("<>")
+    taken = name == "state" or name.startswith(("learned_embeds", "pytorch_"))
+    return f"{'token-' if taken else ''}{name}.safetensors"
