@@ -153,6 +153,16 @@ def test_mistakes_in_teach_are_told_in_one_line(tiny_model: Path, tmp_path: Path
         (["dog", "--pictures", tmp_path / "none"], "there is no folder"),
         (["dog", "--method", "lora"], "there is no method 'lora'"),
         (["dog", "--set", "max_step=1"], "did you mean max_steps"),
+        (["dog", "--samples", 0], "--samples is 0: draw 1 or more"),
+        (["dog", "--samples", -1], "--samples is -1: draw 1 or more"),
     ):
         assert message in call("inversion", "teach", run, *words, "--out", tmp_path / "out", code=2).err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_an_evaluation_without_pictures_is_refused(trained: Path, count: int) -> None:
+    before = (trained / "training.json").read_bytes()
+    done = call("inversion", "evaluate", trained, "--pictures", count, code=2)
+    assert f"--pictures is {count}: draw 1 or more" in done.err
+    assert (trained / "training.json").read_bytes() == before

@@ -169,6 +169,8 @@ def plan_training(folder: Path, token: str, settings: Training, *, skip_bad: boo
 
 def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> dict[str, Any]:
     """Evaluate what was trained into `out` with `pictures` a prompt. Returns training.json, rewritten."""
+    if pictures < 1:
+        raise UserError(f"--pictures is {pictures}: draw 1 or more for each prompt")
     outcome = read_outcome(out)
     try:
         settings = Training(**outcome["settings"])

@@ -194,6 +194,8 @@ def plan_lessons(
     samples: int,
 ) -> list[Lesson]:
     """Return the words to teach, each with its pictures. Raises UserError where there are none."""
+    if samples < 1:
+        raise UserError(f"--samples is {samples}: draw 1 or more of each word")
     folders = find_pictures(pictures, hierarchy)
     if words:
         synsets = list(dict.fromkeys(hierarchy.resolve(word) for word in words))
