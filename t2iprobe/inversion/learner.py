@@ -16,7 +16,7 @@ from t2iprobe.inversion.concepts import Concept, Moments
 from t2iprobe.inversion.methods import Method
 from t2iprobe.inversion.objective import FixedInputs, Inputs, draw_inputs
 from t2iprobe.inversion.settings import Training
-from t2iprobe.inversion.stopping import Stopper, make_stopper
+from t2iprobe.inversion.stopping import make_stopper
 from t2iprobe.storage import explain_full_disk, write_atomically
 
 # Between two states: what a kill can cost.
@@ -41,7 +41,7 @@ class Learner:
         self.concept, self.out, self.settings, self.method = concept, out, settings, method
         self.moments, self.prior, self.identity = moments, prior, identity
         options = {} if settings.every is None else {"every": settings.every}
-        self.stopper: Stopper = make_stopper(settings.stop, method.name, settings.max_steps, **options)
+        self.stopper = make_stopper(settings.stop, method.name, settings.max_steps, **options)
         published = settings.stop == "dvar"  # four inputs, as they fall
         self.items = 4 if published and "items" not in settings.model_fields_set else settings.items
         self.shape = moments.mean.shape[2:]
@@ -177,13 +177,14 @@ class Learner:
         self.curve.append([self.step, value])
         stop = self.stopper.update(value)
         self.statistic.append([self.step, self.stopper.value])
-        if not stop and self.step >= self.cap:
-            stop = True
-        if stop:
-            reason = self.stopper.reason or f"the cap of {self.cap} steps was reached"
+        if stop or self.step >= self.cap:
+            reason = self.stopper.stopper.reason  # the rule's own
             self.stopped = {
-                "rule": self.stopper.rule, "step": self.step, "value": self.stopper.value, "reason": reason
-            }  # fmt: skip
+                "rule": self.stopper.rule if reason else "cap",
+                "step": self.step,
+                "value": self.stopper.value,
+                "reason": reason or f"the cap of {self.cap} steps was reached",
+            }
 
     # -- state ---------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ def render(training: Training, folder: Path) -> str:
         title=f"{training['token']}: {name_method(training['method']).lower()}",
         sections=[pair for pair in SECTIONS if pair[0] != "evaluation" or training["evaluation"]],
         training=training,
+        rule=find_rule(training),
         method=name_method(training["method"]),
         model=name_model(training["model"]),
         trained=describe_trained(training),
@@ -139,7 +140,8 @@ def divide_by_first(points: Sequence[tuple[float, float | None]]) -> list[tuple[
 def draw_plots(training: Training) -> list[dict[str, Any]]:
     """Return the charts: {id, title, text, label, threshold, plot}, without those that have no number."""
     watched = {"watched": training["curve"]}
-    if training["stop"]["rule"] == "clip":
+    rule = find_rule(training)
+    if rule == "clip":
         first = ("Likeness", "Mean cosine of drawn pictures with the concept’s, at every check.", "cosine")
     else:
         text = (
@@ -153,8 +155,8 @@ def draw_plots(training: Training) -> list[dict[str, Any]]:
     noise = "The watched loss in three thirds of the noise levels, each by its own first value."
     trained = "Running mean over the steps. Its noise hides what is learnt, so no rule looks at it."
     found = [_draw_plot(training, "curve", first, watched)]
-    if training["stop"]["rule"] in STATISTICS:
-        texts = STATISTICS[training["stop"]["rule"]][:3]
+    if rule in STATISTICS:
+        texts = STATISTICS[rule][:3]
         series = {"statistic": training["statistic"]}
         found.append(_draw_plot(training, "statistic", texts, series, find_threshold(training)))
     found.append(_draw_plot(training, "bands", ("By amount of noise", noise, "loss, first = 1"), bands))
@@ -182,7 +184,7 @@ def _draw_plot(
 
 def find_threshold(training: Training) -> tuple[float, str] | None:
     """Return at which value of its statistic the rule stops, and that as a text; None where it has none."""
-    rule = training["stop"]["rule"]
+    rule = find_rule(training)
     *_, name = STATISTICS[rule]
     value = getattr(make_stopper(rule, training["method"]).stopper, name)
     return value, f"stops {'above' if rule == 'clip' else 'below'} {value:g}"
@@ -219,6 +221,12 @@ def load_grids(grids: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[st
         for grid in choose_evenly(grids, MOST_GRIDS)
     ]
     return [grid for grid in loaded if grid["pictures"] and len(grid["pictures"]) == len(grid["prompts"])]
+
+
+def find_rule(training: Training) -> str:
+    """Return the rule that watched a training, whether it or the cap of steps stopped it."""
+    rule = training["stop"]["rule"]
+    return training["settings"]["stop"] if rule == "cap" else rule
 
 
 def write_usage(training: Training) -> str:

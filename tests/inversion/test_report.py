@@ -103,6 +103,19 @@ def test_each_rule_has_its_page(tmp_path, rule, method, ids, threshold):
     assert set(ids) <= {id.removesuffix("-title") for id in page.ids}
 
 
+@pytest.mark.parametrize("rule", ["plateau", "clip"])
+def test_a_capped_training_shows_what_its_rule_watched(tmp_path, rule):
+    stop = {"rule": "cap", "step": 410, "value": 0.1, "reason": "the cap of 410 steps was reached"}
+    training = make_training(tmp_path, stop=stop, grids=())
+    training["settings"]["stop"] = rule
+    load_schema("training").validate(training)
+    capped, stopped = (
+        [(chart["title"], chart["threshold"]) for chart in training_page.draw_plots(each)]
+        for each in (training, {**training, "stop": {**stop, "rule": rule}})
+    )
+    assert capped == stopped
+
+
 def test_a_training_that_broke_has_a_page(tmp_path):
     stop = {"rule": "nan", "step": 0, "value": None, "reason": "the loss was not a number at step 10"}
     make_training(

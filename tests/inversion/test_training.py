@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from concept_pictures import draw_concept
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from t2iprobe.errors import UserError
@@ -142,6 +143,17 @@ def test_the_outcome_tells_what_stopped_it_and_the_whole_curve(
     assert (out / "cat.safetensors").exists()
     assert (out / "report.html").exists()
     assert not (out / "state.safetensors").exists()
+
+
+def test_a_training_that_ran_out_of_steps_says_so(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model, stop="plateau", every=2, max_steps=4)
+    found = train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)["cat"]
+    assert (found["stop"]["rule"], found["stop"]["reason"]) == ("cap", "the cap of 4 steps was reached")
+    with safe_open(tmp_path / "cat" / "learned_embeds.safetensors", "pt") as file:
+        assert file.metadata()["stop_rule"] == "cap"
+    assert "Under the rule <em>plateau</em>" in (tmp_path / "cat" / "report.html").read_text()
 
 
 def test_the_same_training_again_is_done_and_another_is_refused(
@@ -281,7 +293,8 @@ def test_the_clip_rule_watches_likeness_to_the_pictures(
 ) -> None:
     settings = settings_for(tiny_model, stop="clip", every=2, max_steps=4)
     found = train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)["cat"]
-    assert found["stop"]["rule"] == "clip"
+    assert found["settings"]["stop"] == "clip"
+    assert found["stop"]["rule"] == "cap"  # three looks are too few for it
     assert [step for step, _ in found["curve"]] == [0, 2, 4]
     assert all(-1 <= likeness <= 1 for _, likeness in found["curve"])
     assert len({likeness for _, likeness in found["curve"]}) > 1  # pictures of now, not of the beginning
