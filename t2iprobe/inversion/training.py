@@ -148,7 +148,8 @@ def _train(
 ) -> dict[Path, dict[str, Any]]:
     _check_features(backbone, settings)
     prior = _make_prior(backbone, settings, method_class)
-    method = method_class(backbone, {concept.token: settings.vectors for concept, _ in jobs}, settings.rank)
+    tokens = {concept.token: settings.vectors for concept, _ in jobs}
+    method = method_class(backbone, tokens, settings.rank, settings.seed)
     try:
         for concept, _ in jobs:
             _check_room(method, concept)
@@ -454,7 +455,8 @@ def evaluate_outcome(
     backbone: Backbone, concept: Concept, settings: Training, out: Path, outcome: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate a finished training by `settings`, and write its training.json and report again."""
-    method = find_method(settings.method)(backbone, {concept.token: settings.vectors}, settings.rank)
+    tokens = {concept.token: settings.vectors}
+    method = find_method(settings.method)(backbone, tokens, settings.rank, settings.seed)
     try:
         learner = _make_learner(backbone, concept, out, settings, method, None, {"model_hash": ""})
         method.load(concept.token, out)
@@ -467,7 +469,8 @@ def evaluate_outcome(
 
 def time_steps(backbone: Backbone, concept: Concept, settings: Training, count: int = 5) -> float:
     """Return the seconds of a training step with its share of the looks, measured on a few thrown away."""
-    method = find_method(settings.method)(backbone, {concept.token: settings.vectors}, settings.rank)
+    tokens = {concept.token: settings.vectors}
+    method = find_method(settings.method)(backbone, tokens, settings.rank, settings.seed)
     try:
         _check_room(method, concept)
         plain = settings.model_copy(update={"init": "random"})

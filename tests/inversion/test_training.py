@@ -257,6 +257,28 @@ def test_weights_train_beside_the_rows_and_leave_the_model_as_it_was(
     assert len(found["files"]) >= 2
 
 
+def test_adapters_begin_by_the_seed(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2iprobe.inversion.methods import DreamBoothLora
+
+    begun = []
+    original = DreamBoothLora.save
+
+    def save(self: DreamBoothLora, *arguments: Any) -> list[str]:
+        begun.append(self.weights()[0].detach().clone())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(DreamBoothLora, "save", save)
+    for number, seed in enumerate((0, 0, 1)):
+        settings = settings_for(
+            tiny_model, method="dreambooth-lora", seed=seed, max_steps=1, rate=1e-9, average=0.0
+        )
+        train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path / str(number))
+    assert torch.equal(begun[0], begun[1])
+    assert (begun[0] - begun[2]).abs().max() > 1e-3
+
+
 def test_textual_inversion_takes_no_prior(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
     settings = settings_for(tiny_model, prior="dog")
     with pytest.raises(UserError, match="leave --prior out"):

@@ -30,8 +30,11 @@ class Method:
     # Of the rows, in units of the vocabulary's root mean square: what suits SD's .014 suits no other model.
     row_rate: ClassVar[float]
 
-    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4) -> None:
-        """Put rows for `tokens` (token → number of vectors) and the method's weights into the backbone."""
+    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4, seed: int = 0) -> None:
+        """Put rows for `tokens` (token → number of vectors) and the method's weights into the backbone.
+
+        `rank` and `seed` are those of adapters.
+        """
         self.check(backbone)
         self.backbone = backbone
         self.rank = rank

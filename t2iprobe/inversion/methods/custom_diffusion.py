@@ -20,8 +20,8 @@ class CustomDiffusion(Method):
     rate = 1e-4
     row_rate = 0.02
 
-    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4) -> None:
-        super().__init__(backbone, tokens, rank)
+    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4, seed: int = 0) -> None:
+        super().__init__(backbone, tokens, rank, seed)
         named = backbone.denoiser.named_modules()
         self._attentions = {name: module for name, module in named if name.endswith(".attn2")}
         self._originals = {}

@@ -23,12 +23,12 @@ class DreamBoothLora(Method):
     rate = 5e-4
     row_rate = 0.0
 
-    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4) -> None:
-        super().__init__(backbone, tokens, rank)
+    def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4, seed: int = 0) -> None:
+        super().__init__(backbone, tokens, rank, seed)
         from peft import LoraConfig
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             configuration = LoraConfig(
                 r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=_TARGETS
             )
