@@ -111,7 +111,10 @@ def train_folders(
 
 
 def list_concepts(folder: Path) -> dict[Path, str]:
-    """Return subfolder → token, sorted. Raises UserError where there is none, or a name makes no token."""
+    """Return subfolder → token, sorted.
+
+    Raises UserError where there is none, a name makes no token, or two make the same.
+    """
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: give one with a subfolder of pictures for each concept"
@@ -119,10 +122,15 @@ def list_concepts(folder: Path) -> dict[Path, str]:
     found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not found:
         raise UserError(f"{folder} has no subfolders: each concept needs its own")
-    tokens = {path: name_token(path.name) for path in found}
-    for token in tokens.values():
-        check_token(token, [])
-    return tokens
+    named: dict[str, Path] = {}
+    for path in found:
+        token = name_token(path.name)
+        if token == "<>":
+            raise UserError(f"the folder {path} makes no token: give it a name with a letter a-z or a digit")
+        if token in named:
+            raise UserError(f"the folders {named[token]} and {path} make the same token {token}: rename one")
+        named[token] = path
+    return {path: token for token, path in named.items()}
 
 
 def train_chosen(

@@ -303,10 +303,18 @@ def test_a_folder_of_concepts_is_trained_together_and_in_shares(tiny_model: Path
         train_folders(tmp_path / "concepts" / "cow", settings, tmp_path / "none")
 
 
-def test_two_concepts_of_one_token_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["0/1", "0/2", "1/2"])
+def test_two_concepts_of_one_token_are_refused(tiny_model: Path, tmp_path: Path, shard: str) -> None:
     for name in ("a b", "a_b"):
         draw_concept(tmp_path / "concepts" / name)
-    with pytest.raises(UserError, match="same token"):
+    with pytest.raises(UserError, match=r"a b and .*a_b make the same token <a-b>: rename one"):
+        train_folders(tmp_path / "concepts", settings_for(tiny_model), tmp_path / "out", shard=shard)
+
+
+def test_a_folder_that_makes_no_token_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("dog", "猫"):
+        draw_concept(tmp_path / "concepts" / name)
+    with pytest.raises(UserError, match="the folder .*猫 makes no token: give it a name with a letter"):
         train_folders(tmp_path / "concepts", settings_for(tiny_model), tmp_path / "out")
 
 
