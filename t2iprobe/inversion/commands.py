@@ -17,13 +17,14 @@ from t2iprobe.inversion.settings import Training
 from t2iprobe.inversion.training import (
     Progress,
     evaluate_outcome,
+    hash_pictures,
     read_outcome,
     refuse_broken,
     time_steps,
     train_concepts,
     train_jobs,
 )
-from t2iprobe.pipelines import load_pipeline
+from t2iprobe.pipelines import load_pipeline, model_hash
 
 
 def load_training(given: Mapping[str, Any], settings: Sequence[str] | None = None) -> Training:
@@ -176,7 +177,10 @@ def plan_training(folder: Path, token: str, settings: Training, *, skip_bad: boo
 
 
 def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> dict[str, Any]:
-    """Evaluate what was trained into `out` with `pictures` a prompt. Returns training.json, rewritten."""
+    """Evaluate what was trained into `out` with `pictures` a prompt. Returns training.json, rewritten.
+
+    Raises UserError where the model or the concept's pictures are no longer those of the training.
+    """
     if pictures < 1:
         raise UserError(f"--pictures is {pictures}: draw 1 or more for each prompt")
     outcome = read_outcome(out)
@@ -184,10 +188,16 @@ def evaluate_folder(out: Path, pictures: int, features: str | None = None) -> di
         settings = Training(**outcome["settings"])
         folder = Path(outcome["pictures"][0]).parent
         begun = ",".join(outcome["initial"]["words"]) or settings.init
+        trained_with = outcome["model_hash"]
     except (ValidationError, KeyError, IndexError, TypeError):
         raise UserError(f"{out / 'training.json'} is damaged: its settings or pictures are none") from None
     changes = {"evaluate": pictures, "init": begun, "features": features or settings.features}
     settings = settings.model_copy(update=changes)
+    if model_hash(settings.model, variant=settings.variant) != trained_with:
+        raise UserError(f"{settings.model} is not the model that {out} was trained with: put that back")
     backbone = load_backbone(settings)
     concept = read_concept(folder, outcome["token"], settings, backbone, skip_bad=True)
+    found = hash_pictures(concept)
+    if outcome.get("pictures_hash", found) != found:
+        raise UserError(f"the pictures in {folder} are not those that {out} was trained with: put those back")
     return evaluate_outcome(backbone, concept, settings, out, outcome)

@@ -105,10 +105,15 @@ def identify(settings: Training, concept: Concept, model: str | None = None) -> 
     return {
         "token": concept.token,
         "model_hash": model or model_hash(settings.model, variant=settings.variant),
-        "pictures": hash_files({path.name: path for path in concept.files}),
+        "pictures": hash_pictures(concept),
         "captions": list(concept.captions or ()),
         "settings": chosen,
     }
+
+
+def hash_pictures(concept: Concept) -> str:
+    """Return the hash of a concept's picture files and their names."""
+    return hash_files({path.name: path for path in concept.files})
 
 
 def find_finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -406,6 +411,7 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
         "seconds_grids": learner.seconds_grids,
         "initial": learner.initial,
         "pictures": [str(path) for path in learner.concept.files],
+        "pictures_hash": learner.identity["pictures"],
         "files": files,
         "grids": learner.grids,
         "versions": list_versions(),

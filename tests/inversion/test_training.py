@@ -342,3 +342,23 @@ def test_an_evaluation_later_compares_with_where_the_training_began(
     again = evaluate_folder(tmp_path, 1)["evaluation"]
     assert again == first
     assert first["likeness"]["before"]["value"] != first["likeness"]["value"]
+
+
+def test_an_evaluation_of_another_model_or_other_pictures_is_refused(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings, out = settings_for(tiny_model, max_steps=1), tmp_path / "out"
+    train_folder(concept_folder, "<cat>", settings, out)
+    stored = (out / "training.json").read_text()
+    draw_concept(tmp_path / "other", seed=9)
+    (tmp_path / "other" / "0.png").rename(concept_folder / "9.png")
+    with pytest.raises(UserError, match="the pictures in .*cat are not those that .*out was trained with"):
+        evaluate_folder(out, 1)
+    assert (out / "training.json").read_text() == stored
+    outcome = json.loads(stored)
+    del outcome["pictures_hash"]  # of an older version
+    (out / "training.json").write_text(json.dumps(outcome))
+    assert evaluate_folder(out, 1)["evaluation"]["concept_pictures"] == 4
+    (out / "training.json").write_text(json.dumps({**outcome, "model_hash": "sha256:0"}))
+    with pytest.raises(UserError, match="is not the model that .*out was trained with"):
+        evaluate_folder(out, 1)
