@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from t2iprobe.errors import UserError
+from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.inversion.backbones import Backbone, make_backbone
+from t2iprobe.inversion.drawing import draw_pictures
 from t2iprobe.inversion.methods import METHODS, Method, find_method
 from t2iprobe.inversion.training_page import find_interface_file
+from t2iprobe.pipelines import place_pipeline
+from t2iprobe.plans import PlanEntry
 from t2iprobe.testing import tiny_pipeline
 
 CASES = [
@@ -115,3 +120,20 @@ def test_an_adapter_begins_as_the_model_itself() -> None:
         assert torch.allclose(predict(backbone, "a cat"), plain, atol=1e-6)
         assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in method.weights())
         method.remove()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["dreambooth-lora", "custom-diffusion"])
+def test_float32_weights_draw_in_a_network_of_half_precision(name: str, dtype: str) -> None:
+    """In float16 neither the pictures drawn on the way nor those of a probe have autocast."""
+    drawn = []
+    for precision in ("float32", dtype):
+        pipeline = tiny_pipeline("sd")
+        place_pipeline(pipeline, "cpu", precision)
+        backbone = make_backbone(pipeline, dtype=precision)
+        change(METHODS[name](backbone, {"<cat>": 1}), "<cat>")
+        drawn += draw_pictures(backbone, ["a <cat>"], [3], steps=2)
+        sampler = DiffusersSampler(pipeline, steps=2, dtype=precision)
+        drawn += sampler.sample([PlanEntry("cat.n.01", "base", 0, "a <cat>", 3)])
+    exact, *others = (picture.astype(int) for picture in drawn)
+    assert all(np.abs(picture - exact).mean() < 3 for picture in others)

@@ -10,6 +10,19 @@ from t2iprobe.inversion.formats import load_custom_diffusion, read_custom_diffus
 from t2iprobe.inversion.methods.base import Method
 
 
+class _Trained(torch.nn.Module):
+    """A linear layer with a float32 weight of its own, used in whatever dtype its input has."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(layer.weight.detach().float().clone())
+        self.bias = layer.bias
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Pictures are drawn without autocast.
+        return torch.nn.functional.linear(tensor, self.weight.to(tensor.dtype), self.bias)
+
+
 class CustomDiffusion(Method):
     """Train to_k and to_v of every cross-attention with the rows; prior pictures hold the rest."""
 
@@ -28,8 +41,8 @@ class CustomDiffusion(Method):
         for name, attention in self._attentions.items():
             for part in ("to_k", "to_v"):
                 layer = getattr(attention, part)
-                self._originals[name, part] = layer.weight
-                layer.weight = torch.nn.Parameter(layer.weight.detach().float().clone())
+                self._originals[name, part] = layer
+                setattr(attention, part, _Trained(layer))
 
     def weights(self) -> list[torch.nn.Parameter]:
         """Return the matrices of keys and values."""
@@ -56,6 +69,6 @@ class CustomDiffusion(Method):
 
     def remove(self) -> None:
         """Give the denoiser its own keys and values back, and take the rows out."""
-        for (name, part), weight in self._originals.items():
-            getattr(self._attentions[name], part).weight = weight
+        for (name, part), layer in self._originals.items():
+            setattr(self._attentions[name], part, layer)
         super().remove()
