@@ -241,7 +241,8 @@ def write_usage(training: Training) -> str:
     if LORA in files:
         lines.append(f'pipe.load_lora_weights("OUT", weight_name="{LORA}")')
     if CUSTOM_DIFFUSION in files:
-        lines.append(f'pipe.unet.load_attn_procs("OUT", weight_name="{CUSTOM_DIFFUSION}")')
+        # Without the pipeline diffusers 0.42 reads the file and changes nothing.
+        lines.append(f'pipe.unet.load_attn_procs("OUT", weight_name="{CUSTOM_DIFFUSION}", _pipeline=pipe)')
     if find_interface_file(training) is None:  # LDM: diffusers has no loader for it
         lines.insert(0, "from t2iprobe.inversion.formats import load_into, read_embedding")
         lines.append('load_into(pipe, read_embedding("OUT/learned_embeds.safetensors")[0])')

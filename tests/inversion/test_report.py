@@ -268,6 +268,32 @@ def test_the_written_lines_pool_prompts_as_the_training_did(tmp_path):
     assert ends == [[2, 2], [pipeline.tokenizer.eos_token_id] * 2]
 
 
+def test_the_written_lines_load_custom_diffusion(tmp_path, tiny_model):
+    import torch
+
+    from t2iprobe.inversion.backbones import make_backbone
+    from t2iprobe.inversion.methods import CustomDiffusion
+    from t2iprobe.pipelines import load_pipeline
+
+    method = CustomDiffusion(make_backbone(load_pipeline(str(tiny_model), dtype="float32")), {TOKEN: 1})
+    with torch.no_grad():
+        for weight in method.weights():
+            weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    saved = method.save(TOKEN, tmp_path, {})
+    training = make_training(
+        tmp_path, grids=(), model=str(tiny_model), method="custom-diffusion", files=saved
+    )
+    *lines, _ = training_page.write_usage(training).replace("OUT", str(tmp_path)).splitlines()
+    exec("\n".join(lines), names := {})
+
+    given = torch.ones(1, 4, 16, 16), 500, torch.ones(1, 77, 32)
+    with torch.no_grad():
+        trained, loaded = (unet(*given).sample for unet in (method.backbone.denoiser, names["pipe"].unet))
+        method.remove()
+        assert not torch.allclose(method.backbone.denoiser(*given).sample, trained, atol=1e-3)
+    assert torch.allclose(loaded, trained, atol=1e-5)
+
+
 def test_numbers_in_the_teaching_page_are_those_of_its_json(taught):
     texts, rows = taught.page.texts, taught.results["words"]
     for method in taught.results["methods"]:
