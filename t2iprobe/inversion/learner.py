@@ -64,7 +64,7 @@ class Learner:
         self.initial: dict[str, Any] = {}
         groups = method.parameter_groups(concept.token, settings.rate, settings.row_rate)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999)) if groups else None
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
         self._sum = torch.zeros((), device=method.backbone.device)
         self._written = -math.inf
         self._good: list[torch.Tensor] = []
@@ -130,7 +130,6 @@ class Learner:
 
     def finish_step(self) -> None:
         """Step the optimiser, after the pass's backward."""
-        assert self.optimizer is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -199,7 +198,7 @@ class Learner:
         for number, parameter in enumerate(self.parameters):
             tensors[f"value.{number}"] = parameter.detach().cpu().contiguous()
             tensors[f"average.{number}"] = self.averages[number].cpu().contiguous()
-            state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            state = self.optimizer.state.get(parameter, {})
             for name in ("exp_avg", "exp_avg_sq", "step"):
                 if name in state:
                     tensors[f"{name}.{number}"] = state[name].detach().cpu().contiguous()
@@ -247,7 +246,7 @@ class Learner:
         self._assign([tensors[f"value.{number}"] for number in count])
         self.averages = [tensors[f"average.{number}"].to(device).clone() for number in count]
         for number, parameter in enumerate(self.parameters):
-            if self.optimizer is not None and f"step.{number}" in tensors:
+            if f"step.{number}" in tensors:
                 self.optimizer.state[parameter] = {
                     "step": tensors[f"step.{number}"],
                     **{

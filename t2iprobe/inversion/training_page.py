@@ -54,7 +54,7 @@ CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
 POOLED = ("StableDiffusionXLPipeline", "FluxPipeline")
 TRAINED = {
     "textual-inversion": "{} beside its vocabulary",
-    "dreambooth-lora": "adapters in its denoiser’s attention; {} beside its vocabulary, which did not train",
+    "dreambooth-lora": "{} beside its vocabulary, and adapters in its denoiser’s attention",
     "custom-diffusion": "{} beside its vocabulary, and the keys and values of its denoiser’s cross-attention",
 }
 BANDS = ("little noise", "middling", "much noise")

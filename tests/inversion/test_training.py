@@ -279,6 +279,21 @@ def test_adapters_begin_by_the_seed(
     assert (begun[0] - begun[2]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("method", ["dreambooth-lora", "custom-diffusion"])
+def test_a_token_parts_from_the_priors_word_where_it_begins(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, method: str
+) -> None:
+    # Were they the same row, the prior's pictures and the concept's would be taught to the same prompts.
+    settings = settings_for(tiny_model, method=method, init="d", prior="d", prior_pictures=2)
+    backbone = load_backbone(settings)
+    train_some(backbone, settings, {"cat": concept_folder}, tmp_path)
+    tokenizer, encoder = backbone.encoders["clip_l"]
+    (word,) = tokenizer("d", add_special_tokens=False).input_ids
+    vocabulary = encoder.get_input_embeddings().weight
+    moved = (rows_of(tmp_path / "cat")[0] - vocabulary[word]).square().mean().sqrt()
+    assert moved > 0.05 * vocabulary.square().mean().sqrt()
+
+
 def test_textual_inversion_takes_no_prior(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
     settings = settings_for(tiny_model, prior="dog")
     with pytest.raises(UserError, match="leave --prior out"):

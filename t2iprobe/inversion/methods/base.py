@@ -21,7 +21,6 @@ class Method:
     name: ClassVar[str]
     families: ClassVar[tuple[str, ...]]
     shares_pass: ClassVar[bool] = False  # several concepts in one pass of the denoiser
-    trains_rows: ClassVar[bool] = True
     uses_prior: ClassVar[bool] = False
     # Of the published runs (arXiv 2302.04841, appendix): steps at most.
     max_steps: ClassVar[int]
@@ -55,13 +54,11 @@ class Method:
         self, token: str, rate: float | None, row_rate: float | None
     ) -> list[dict[str, Any]]:
         """Return AdamW's groups for one token; None takes the method's own rate."""
-        groups: list[dict[str, Any]] = []
-        if self.trains_rows:
-            relative = self.row_rate if row_rate is None else row_rate
-            for name, rows in self.rows.parameters(token).items():
-                groups.append(
-                    {"params": [rows], "lr": relative * self.rows.vocabulary_rms(name), "weight_decay": 0.0}
-                )
+        relative = self.row_rate if row_rate is None else row_rate
+        groups: list[dict[str, Any]] = [
+            {"params": [rows], "lr": relative * self.rows.vocabulary_rms(name), "weight_decay": 0.0}
+            for name, rows in self.rows.parameters(token).items()
+        ]
         if weights := self.weights():
             groups.append(
                 {"params": weights, "lr": self.rate if rate is None else rate, "weight_decay": 0.01}

@@ -13,15 +13,14 @@ _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class DreamBoothLora(Method):
-    """Train PEFT adapters of the attention; the token's rows stay as they were initialised."""
+    """Train PEFT adapters of the attention with the rows: a row left at a word would teach that word."""
 
     name = "dreambooth-lora"
     families = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
-    trains_rows = False
     uses_prior = True
     max_steps = 1000
     rate = 5e-4
-    row_rate = 0.0
+    row_rate = 0.02
 
     def __init__(self, backbone: Backbone, tokens: Mapping[str, int], rank: int = 4, seed: int = 0) -> None:
         super().__init__(backbone, tokens, rank, seed)
