@@ -24,11 +24,18 @@ ITEMS = ROUNDS[-1][1]
 
 
 def initialise(
-    backbone: Backbone, rows: Rows, concept: Concept, moments: Moments, init: str, seed: int, key: str = ""
+    backbone: Backbone,
+    rows: Rows,
+    concept: Concept,
+    moments: Moments,
+    init: str,
+    seed: int,
+    flip: bool = True,
+    key: str = "",
 ) -> dict[str, Any]:
     """Give a token's rows their first values and say how: {"how", "words"}.
 
-    `init` is "nearest", "random" or words by commas; `key` names the model, for the cache of nearest words.
+    `init` is "nearest", "random" or words by commas; `flip` and `key` are those of `nearest_words`.
     Raises UserError where the vocabulary cannot spell the words.
     """
     token = concept.token
@@ -36,7 +43,7 @@ def initialise(
         rows.set(token, rows.at_random(token, make_generator(seed, token, "init")))
         return {"how": "random", "words": []}
     if init == "nearest":
-        ranked = nearest_words(backbone, rows, concept, moments, seed, key)
+        ranked = nearest_words(backbone, rows, concept, moments, seed, flip, key)
         rows.set(token, rows.from_words(token, [ranked[0][0]]))
         return {"how": "nearest", "words": [ranked[0][0]], "ranking": ranked[:8]}
     words = [word.strip() for word in init.split(",") if word.strip()]
@@ -59,16 +66,22 @@ def list_words(tokenizer: Any) -> list[str]:
 
 
 def nearest_words(
-    backbone: Backbone, rows: Rows, concept: Concept, moments: Moments, seed: int = 0, key: str = ""
+    backbone: Backbone,
+    rows: Rows,
+    concept: Concept,
+    moments: Moments,
+    seed: int = 0,
+    flip: bool = True,
+    key: str = "",
 ) -> list[list[Any]]:
     """Return [word, loss] of the vocabulary's words with which the model denoises the pictures best.
 
     Of a vocabulary larger than the first round (ROUNDS), that many words are chosen by a score of all: the
     loss's gradient at the words' mean, to first order. Their loss is computed on one fixed input, that of the
-    best of them on more. Whatever the token is called, the words are the same. Kept in the user's cache if
-    `key` is given.
+    best of them on more. `flip` mirrors half of the pictures. Whatever the token is called, the words are the
+    same. Kept in the user's cache if `key`, which names the model, is given.
     """
-    about = (ROUNDS, key, backbone.dtype, rows.tokens[concept.token], seed)
+    about = (ROUNDS, key, backbone.dtype, rows.tokens[concept.token], seed, flip)
     cache = _cache_file(concept, moments, about) if key else None
     if cache is not None:
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is made again
@@ -76,7 +89,7 @@ def nearest_words(
     words = list_words(next(iter(backbone.encoders.values()))[0])
     if not words:
         raise UserError("the model's vocabulary has no whole words: give --init random")
-    inputs = draw_inputs(concept, moments.mean.shape[2:], ITEMS, (seed, "nearest"))
+    inputs = draw_inputs(concept, moments.mean.shape[2:], ITEMS, (seed, "nearest"), flip=flip)
     chosen = words
     if len(words) > ROUNDS[0][0]:
         ranks = _rank_by_gradient(backbone, rows, concept, moments, inputs, words)

@@ -110,11 +110,11 @@ class Learner:
 
     def training_inputs(self) -> list[Inputs]:
         """Return the inputs of the next step: the concept's, and the prior's where there is one."""
-        key = (self.settings.seed, self.concept.token, self.step)
-        own = draw_inputs(self.concept, self.shape, self.batch, key, flip=self.settings.flip)
+        key, flip = (self.settings.seed, self.concept.token, self.step), self.settings.flip
+        own = draw_inputs(self.concept, self.shape, self.batch, key, flip=flip)
         if self.prior is None:
             return [own]
-        return [own, draw_inputs(self.prior[0], self.shape, self.batch, (*key, "prior"))]
+        return [own, draw_inputs(self.prior[0], self.shape, self.batch, (*key, "prior"), flip=flip)]
 
     def training_moments(self) -> list[Moments]:
         """Return the moments that go with `training_inputs`."""

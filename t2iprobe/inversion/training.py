@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "t2iprobe.training/1"
 MAX_TOKENS = 77  # of a prompt, in every text encoder that takes rows
+PRIOR_TEMPLATE = "a photo of a {}"
 Progress = Callable[[int, int], None]
 
 
@@ -186,8 +187,9 @@ def _make_learner(
     moments = _on(encode_moments(backbone, concept), backbone.device)
     learner = Learner(concept, out, settings, method, moments, prior, identity)
     learner.initial = initialise(
-        backbone, method.rows, concept, moments, settings.init, settings.seed, key=identity["model_hash"]
-    )
+        backbone, method.rows, concept, moments, settings.init, settings.seed, settings.flip,
+        key=identity["model_hash"],
+    )  # fmt: skip
     learner.seconds = time.perf_counter() - began
     learner.begin()
     return learner
@@ -239,13 +241,14 @@ def _make_prior(
         return None
     if not method_class.uses_prior:
         raise UserError(f"{method_class.name} changes nothing but the token: leave --prior out")
-    prompt = f"a photo of a {settings.prior}"
+    prompt = PRIOR_TEMPLATE.replace("{}", settings.prior)
     seeds = [settings.seed * 1_000_003 + number for number in range(settings.prior_pictures)]
     drawn = draw_pictures(backbone, [prompt] * len(seeds), seeds, settings.steps, settings.guidance)
     concept = Concept(
         token=settings.prior,
         pictures=torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous(),
         files=(),
+        templates=(PRIOR_TEMPLATE,),  # what they were drawn from
     )
     return concept, _on(encode_moments(backbone, concept), backbone.device)
 

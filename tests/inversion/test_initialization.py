@@ -103,6 +103,31 @@ def test_the_nearest_words_depend_on_what_their_cache_is_named_by(
     assert len(list(cached.iterdir())) == 3
 
 
+def test_nearest_words_are_those_of_unmirrored_pictures_where_none_is_mirrored(
+    concept_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_pipeline("sd")
+    pipeline.tokenizer.add_tokens(["dog", "cow", "house"])
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    backbone = make_backbone(pipeline)
+    concept = load_concept(concept_folder, "<cat>", size=32)
+    moments = encode_moments(backbone, concept)
+    rows = Rows(backbone.encoders, {"<cat>": 1})
+    mirrored, original = [], initialization.denoising_losses
+
+    def note(*given: Any) -> torch.Tensor:
+        mirrored.append(any(bool(inputs.flips.any()) for inputs in given[2]))
+        return original(*given)
+
+    monkeypatch.setattr(initialization, "denoising_losses", note)
+    found = []
+    for flip in (True, False):
+        found.append(nearest_words(backbone, rows, concept, moments, flip=flip, key="model"))
+        assert any(mirrored) == flip
+        mirrored.clear()
+    assert found[0] != found[1]  # not from the cache
+
+
 @pytest.mark.slow
 def test_one_of_the_best_words_of_all_is_found() -> None:
     """Of all words of the vocabulary, exhaustively judged, one of the five best is among those looked at."""

@@ -294,6 +294,31 @@ def test_a_token_parts_from_the_priors_word_where_it_begins(
     assert moved > 0.05 * vocabulary.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_the_prior_trains_with_the_caption_that_drew_it_and_mirrored_as_the_rest(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, monkeypatch: pytest.MonkeyPatch, flip: bool
+) -> None:
+    from t2iprobe.inversion import training
+
+    original, drawn_from, trained = training.draw_pictures, list[str](), list[Any]()
+    monkeypatch.setattr(
+        training, "draw_pictures", lambda *given: drawn_from.extend(given[1]) or original(*given)
+    )
+    losses = training.denoising_losses
+
+    def note(backbone: Any, moments: Any, inputs: Any, prompts: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            trained.append(inputs)
+        return losses(backbone, moments, inputs, prompts)
+
+    monkeypatch.setattr(training, "denoising_losses", note)
+    settings = settings_for(tiny_model, method="custom-diffusion", prior="dog", prior_pictures=2, flip=flip)
+    train_some(load_backbone(settings), settings, {"cat": concept_folder}, tmp_path)
+    assert {caption for _, prior in trained for caption in prior.captions} == set(drawn_from)
+    for which in (0, 1):
+        assert any(bool(inputs[which].flips.any()) for inputs in trained) == flip
+
+
 def test_textual_inversion_takes_no_prior(tiny_model: Path, tmp_path: Path, concept_folder: Path) -> None:
     settings = settings_for(tiny_model, prior="dog")
     with pytest.raises(UserError, match="leave --prior out"):
