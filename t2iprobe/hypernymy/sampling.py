@@ -1,6 +1,5 @@
 """Samplers: plan entries → pictures, here from a diffusers pipeline."""
 
-import copy
 import threading
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 
 from t2iprobe.compiling import compile_networks, stop_compiling
 from t2iprobe.config import DEFAULT_BATCH
+from t2iprobe.decoding import DecoderWatch, copy_for_a_batch
 from t2iprobe.devices import count_threads, inference_context, is_out_of_memory, release_memory
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.batching import MOST, MOST_ON_CPU, BatchSizes, find_memory
@@ -166,8 +166,8 @@ class DiffusersSampler:
 
         generators = [torch.Generator("cpu").manual_seed(entry.seed) for entry in entries]
         prompts = self.encoder.encode([entry.prompt for entry in entries])
-        pipeline = _copy_for_a_batch(self.pipeline)
-        decoder = _DecoderWatch(pipeline)
+        pipeline = copy_for_a_batch(self.pipeline)
+        decoder = DecoderWatch(pipeline)
         arguments = accepted_arguments(
             pipeline, generator=generators, output_type="np", callback_on_step_end=self._end_step
         )
@@ -181,12 +181,8 @@ class DiffusersSampler:
                 raise UserError(
                     f"{family} cannot draw with these settings, by {by}: {first_line(error)}"
                 ) from error
-        pictures = np.asarray(pictures, np.float32)
-        broken = ~np.isfinite(pictures).all(axis=(1, 2, 3))
-        if broken.any():
-            with torch.inference_mode():
-                pictures[broken] = decoder.decode_again(np.flatnonzero(broken))
-            self._refuse_broken(pictures, entries)
+        pictures = decoder.mend(pictures)
+        self._refuse_broken(pictures, entries)
         return (pictures * 255).round().clip(0, 255).astype(np.uint8)
 
     def _stop_compiling(self, error: Exception) -> None:
@@ -207,63 +203,3 @@ class DiffusersSampler:
                     f"the picture {entry.name} of {entry.synset} ({entry.prompt!r}) holds NaN "
                     f"in {self.dtype}: try --dtype bfloat16 or float32; what is drawn so far is kept"
                 )
-
-
-def _copy_for_a_batch(pipeline: Pipeline) -> Pipeline:
-    """Copy what a call changes (scheduler, decoder's method, the pipeline's own notes), not the networks."""
-    own = copy.copy(pipeline)
-    for name in ("scheduler", "prior_scheduler", "decoder_scheduler"):
-        if getattr(own, name, None) is not None:
-            setattr(own, name, copy.deepcopy(getattr(own, name)))
-    autoencoder = _name_autoencoder(own)
-    if autoencoder is not None:
-        setattr(own, autoencoder, copy.copy(getattr(own, autoencoder)))
-    for name in ("prior_pipe", "decoder_pipe"):  # the stages of Kandinsky, Würstchen and Cascade
-        if getattr(own, name, None) is not None:
-            setattr(own, name, _copy_for_a_batch(getattr(own, name)))
-    return own
-
-
-def _name_autoencoder(pipeline: Pipeline) -> str | None:
-    names = (name for name in ("vae", "vqvae", "movq") if hasattr(getattr(pipeline, name, None), "decode"))
-    return next(names, None)
-
-
-class _DecoderWatch:
-    """Remember the latents that a batch's autoencoder was last given, to decode them again in float32.
-
-    The autoencoders of SD 1 and SDXL overflow float16 on some latents, and the picture is NaN.
-    """
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        pipeline = getattr(pipeline, "decoder_pipe", pipeline)
-        name = _name_autoencoder(pipeline)
-        self._latents: torch.Tensor | None = None
-        if name is None:
-            return
-        self._autoencoder: Any = getattr(pipeline, name)
-        decode = self._autoencoder.decode
-
-        def remember(latents: "torch.Tensor", *arguments: Any, **named: Any) -> Any:
-            self._latents = latents
-            decoded = decode(latents, *arguments, **named)
-            if isinstance(decoded, tuple):
-                return (decoded[0].float(), *decoded[1:])
-            decoded.sample = decoded.sample.float()  # numpy, which some families ask for, has no bfloat16
-            return decoded
-
-        self._autoencoder.decode = remember  # of this batch's own copy
-
-    def decode_again(self, rows: np.ndarray) -> np.ndarray | float:
-        """Return the pictures float32 [n, H, W, 3] of the batch's `rows`, or NaN where it cannot be done."""
-        import torch
-
-        if self._latents is None:
-            return np.nan
-        del self._autoencoder.decode
-        autoencoder = copy.deepcopy(self._autoencoder).float()
-        # A compiled decoder's forward is of the network that was copied.
-        getattr(autoencoder, "decoder", autoencoder).__dict__.pop("forward", None)
-        latents = self._latents[torch.from_numpy(rows).to(self._latents.device)].float()
-        decoded = autoencoder.decode(latents, return_dict=False)[0]
-        return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

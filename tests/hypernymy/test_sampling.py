@@ -5,8 +5,9 @@ import pytest
 import torch
 from two_stage_pipelines import tiny_kandinsky
 
+from t2iprobe.decoding import DecoderWatch
 from t2iprobe.errors import UserError
-from t2iprobe.hypernymy.sampling import DiffusersSampler, _DecoderWatch
+from t2iprobe.hypernymy.sampling import DiffusersSampler
 from t2iprobe.pipelines import Pipeline, place_pipeline
 from t2iprobe.runs import PlanEntry, build_plan
 from t2iprobe.testing import FAMILIES, tiny_pipeline
@@ -132,15 +133,15 @@ def test_a_compiled_decoder_is_copied_as_it_was() -> None:
     """To decode again in float32: a compiled forward is of the network that was copied, in float16."""
     pipeline = tiny_pipeline()
     place_pipeline(pipeline, "cpu", "float16")
-    decoder = _DecoderWatch(pipeline)
+    decoder = DecoderWatch(pipeline)
     plain = pipeline.vae.decoder.forward
     pipeline.vae.decoder.forward = lambda *given, **named: plain(*given, **named)  # as compile_networks does
     latents = torch.zeros(2, 4, 16, 16, dtype=torch.float16)
     with torch.inference_mode():
         pipeline.vae.decode(latents)
-        found = decoder.decode_again(np.array([1]))
-    assert found.shape == (1, 32, 32, 3)
-    assert np.isfinite(found).all()
+        found = decoder.mend(np.full((2, 32, 32, 3), [[[[0.5]]], [[[np.nan]]]]))
+    assert (found[0] == 0.5).all()
+    assert np.isfinite(found[1]).all()
 
 
 def test_what_a_pipeline_refuses_is_told_in_one_line() -> None:
