@@ -72,7 +72,8 @@ class Backbone:
     def encode_pictures(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation float32 [b, c, h, w] of the latents of `pixels` [b, 3, S, S]."""
         weight = next(self.autoencoder.parameters())
-        with self.context():
+        whole = weight.dtype == torch.float32  # one that overflows float16 may stay so beside the rest
+        with contextlib.nullcontext() if whole else self.context():
             posterior = self.autoencoder.encode(pixels.to(weight.device, weight.dtype)).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         return (mean - self.shift) * self.scale, std * self.scale
