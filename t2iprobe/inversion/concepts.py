@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from t2iprobe.errors import UserError
+from t2iprobe.inversion.memory import in_batches
 from t2iprobe.pictures import crop_square, picture_files, read_picture, strange_files
 
 if TYPE_CHECKING:
@@ -153,10 +154,14 @@ class Moments:
 
 @torch.no_grad()
 def encode_moments(backbone: "Backbone", concept: Concept, batch: int = 4) -> Moments:
-    """Encode a concept's pictures and their mirror images once."""
+    """Encode a concept's pictures and their mirror images once. Raises UserError where not even one fits."""
     pixels = concept.pictures.float() / 127.5 - 1
     views = [pixels, pixels.flip(-1)]
-    encoded = [[backbone.encode_pictures(part) for part in view.split(batch)] for view in views]
+
+    def encode(part: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [backbone.encode_pictures(torch.stack(list(part)))]
+
+    encoded = [in_batches(encode, list(view), batch, backbone.device, "a picture") for view in views]
     mean, std = (
         torch.stack([torch.cat([part[which] for part in view]) for view in encoded]) for which in (0, 1)
     )

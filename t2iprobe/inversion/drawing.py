@@ -11,8 +11,13 @@ from t2iprobe.decoding import DecoderWatch, copy_for_a_batch
 from t2iprobe.devices import inference_context
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
+from t2iprobe.inversion.memory import in_batches
 from t2iprobe.pipelines import setting_arguments
 from t2iprobe.storage import remove_leftovers, write_atomically
+
+
+class Broken(UserError):
+    """A picture that is none."""
 
 
 def draw_pictures(
@@ -25,29 +30,32 @@ def draw_pictures(
 ) -> list[np.ndarray]:
     """Return a picture uint8 [S, S, 3] for each expanded prompt and seed; None: the pipeline's default.
 
-    Raises UserError for one that holds NaN even when its latents are decoded in float32.
+    So many as `batch` are drawn at once, fewer where they do not fit the memory. Raises UserError where not
+    even one fits (TooLarge), or one holds NaN even when its latents are decoded in float32 (Broken).
     """
-    drawn: list[np.ndarray] = []
     settings = setting_arguments(backbone.pipeline, steps, guidance, backbone.size)
-    for start in range(0, len(prompts), batch):
+
+    def draw(part: Sequence[tuple[str, int]]) -> list[np.ndarray]:
         pipeline = copy_for_a_batch(backbone.pipeline)
         decoder = DecoderWatch(pipeline)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch]]
         with inference_context(backbone.device.type, backbone.dtype):
             made = pipeline(
-                prompt=list(prompts[start : start + batch]),
-                generator=generators,
+                prompt=[prompt for prompt, _ in part],
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                 output_type="np",
                 **settings,
             ).images
-        for prompt, picture in zip(prompts[start:], decoder.mend(made), strict=False):
+        pictures = decoder.mend(made)
+        for (prompt, _), picture in zip(part, pictures, strict=True):
             if not np.isfinite(picture).all():
-                raise UserError(
+                raise Broken(
                     f"the picture drawn for {prompt!r} holds NaN in {backbone.dtype}: "
                     "try --dtype bfloat16 or float32"
                 )
-            drawn.append((picture * 255).round().clip(0, 255).astype(np.uint8))
-    return drawn
+        return list((pictures * 255).round().clip(0, 255).astype(np.uint8))
+
+    pairs = list(zip(prompts, seeds, strict=True))
+    return in_batches(draw, pairs, batch, backbone.device, "a picture")
 
 
 def write_pictures(folder: Path, pictures: Sequence[np.ndarray]) -> list[Path]:

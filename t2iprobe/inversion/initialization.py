@@ -15,6 +15,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.concepts import Concept, Moments
 from t2iprobe.inversion.embeddings import Rows
+from t2iprobe.inversion.memory import in_batches
 from t2iprobe.inversion.objective import Inputs, denoising_losses, draw_inputs, make_generator
 from t2iprobe.storage import write_atomically
 
@@ -127,21 +128,29 @@ def _rank_by_gradient(
         for name, (tokenizer, encoder) in backbone.encoders.items()
     }  # fmt: skip
     rows.set(concept.token, {name: matrix.mean(0).expand(count, -1) for name, matrix in matrices.items()})
-    prompts = [rows.expand(caption) for caption in inputs.captions]
-    loss = denoising_losses(backbone, [moments], [inputs], prompts).mean()
     parameters = rows.parameters(concept.token)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    scores = torch.zeros(len(words), device=loss.device)
-    for name, gradient in zip(parameters, gradients, strict=True):
+
+    def differentiate(places: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+        part = _take(inputs, torch.tensor(places))
+        prompts = [rows.expand(caption) for caption in part.captions]
+        loss = denoising_losses(backbone, [moments], [part], prompts).sum() / ITEMS
+        return [torch.autograd.grad(loss, list(parameters.values()))]
+
+    parts = in_batches(differentiate, range(ITEMS), ITEMS, backbone.device, "a picture's gradient")
+    scores = torch.zeros(len(words), device=backbone.device)
+    for name, *gradients in zip(parameters, *parts, strict=True):
         matrix = matrices[name]
-        scores += (matrix - matrix.mean(0)) @ gradient.float().sum(0)
+        scores += (matrix - matrix.mean(0)) @ sum(gradients).float().sum(0)
     return scores.argsort().tolist()
 
 
 def _spread(inputs: Inputs, items: int) -> Inputs:
     """Return that many of the inputs, evenly spread over the amounts of noise."""
     every = len(inputs.captions) / items
-    chosen = inputs.quantiles.argsort()[((torch.arange(items) + 0.5) * every).long()]
+    return _take(inputs, inputs.quantiles.argsort()[((torch.arange(items) + 0.5) * every).long()])
+
+
+def _take(inputs: Inputs, chosen: torch.Tensor) -> Inputs:
     return Inputs(
         pictures=inputs.pictures[chosen],
         flips=inputs.flips[chosen],
@@ -161,14 +170,15 @@ def _word_losses(
     words: Sequence[str],
     batch: int = 64,
 ) -> list[float]:
-    losses: list[float] = []
-    together = max(1, batch // len(inputs.captions))
-    for start in range(0, len(words), together):
-        part = words[start : start + together]
-        prompts = [caption.replace(concept.token, word) for word in part for caption in inputs.captions]
-        found = denoising_losses(backbone, [moments] * len(part), [inputs] * len(part), prompts)
-        losses += found.view(len(part), -1).mean(1).tolist()
-    return losses
+    def judge(part: Sequence[tuple[str, Inputs]]) -> list[torch.Tensor]:
+        chosen = [one for _, one in part]
+        prompts = [one.captions[0].replace(concept.token, word) for word, one in part]
+        return list(denoising_losses(backbone, [moments] * len(part), chosen, prompts))
+
+    single = [_take(inputs, torch.tensor([place])) for place in range(len(inputs.captions))]
+    pairs = [(word, one) for word in words for one in single]
+    losses = in_batches(judge, pairs, batch, backbone.device, "a picture")
+    return torch.stack(losses).view(len(words), -1).mean(1).tolist()
 
 
 def _cache_file(concept: Concept, moments: Moments, about: tuple[Any, ...]) -> Path:

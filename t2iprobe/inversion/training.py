@@ -14,6 +14,7 @@ import datetime
 import json
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,11 +27,12 @@ import torch
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.concepts import Concept, Moments, encode_moments
-from t2iprobe.inversion.drawing import draw_pictures, write_pictures
+from t2iprobe.inversion.drawing import Broken, draw_pictures, write_pictures
 from t2iprobe.inversion.embeddings import token_parts
 from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.initialization import initialise
 from t2iprobe.inversion.learner import Learner
+from t2iprobe.inversion.memory import TooLarge, explain_lack_of_memory
 from t2iprobe.inversion.methods import Method, find_method
 from t2iprobe.inversion.objective import denoising_losses
 from t2iprobe.inversion.settings import Training
@@ -272,7 +274,8 @@ def _run(
             learner = start(*waiting.popleft())
             if not learner.curve:
                 _look(backbone, [learner])
-                _draw_grid(backbone, learner)
+                if learner.stopped is None:
+                    _draw_grid(backbone, learner)
             if learner.stopped is None:
                 active.append(learner)
             else:  # its first loss is not a number
@@ -301,21 +304,27 @@ def _run(
     return outcomes
 
 
+def _explain_step(backbone: Backbone) -> contextlib.AbstractContextManager[None]:
+    advice = "lower --together, batch (--set batch=1) or size (--set size=…), or take a larger device"
+    return explain_lack_of_memory(backbone.device, "a training step", advice)
+
+
 def _step(backbone: Backbone, active: Sequence[Learner]) -> None:
     """One step of every active learner, in one pass."""
-    inputs = [learner.training_inputs() for learner in active]
-    moments = [moment for learner in active for moment in learner.training_moments()]
-    flat = [each for group in inputs for each in group]
-    rows = active[0].method.rows
-    prompts = [rows.expand(caption) for each in flat for caption in each.captions]
-    losses = denoising_losses(backbone, moments, flat, prompts)
-    parts = losses.split([sum(len(each.captions) for each in group) for group in inputs])
-    total = torch.stack(
-        [learner.training_loss(part) for learner, part in zip(active, parts, strict=True)]
-    ).sum()
-    total.backward()
-    for learner in active:
-        learner.finish_step()
+    with _explain_step(backbone):
+        inputs = [learner.training_inputs() for learner in active]
+        moments = [moment for learner in active for moment in learner.training_moments()]
+        flat = [each for group in inputs for each in group]
+        rows = active[0].method.rows
+        prompts = [rows.expand(caption) for each in flat for caption in each.captions]
+        losses = denoising_losses(backbone, moments, flat, prompts)
+        parts = losses.split([sum(len(each.captions) for each in group) for group in inputs])
+        total = torch.stack(
+            [learner.training_loss(part) for learner, part in zip(active, parts, strict=True)]
+        ).sum()
+        total.backward()
+        for learner in active:
+            learner.finish_step()
 
 
 @torch.no_grad()
@@ -324,6 +333,7 @@ def _look(backbone: Backbone, due: Sequence[Learner]) -> None:
     rows = due[0].method.rows
     prompts = [rows.expand(caption) for each in inputs for caption in each.captions]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_explain_step(backbone))
         for learner in due:
             stack.enter_context(learner.averaged())
         losses = denoising_losses(backbone, [learner.moments for learner in due], inputs, prompts)
@@ -382,7 +392,6 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
     assert learner.stopped is not None
     settings, token = learner.settings, learner.concept.token
     learner.settle()
-    _draw_grid(backbone, learner)
     metadata = {
         "base_model": settings.model,
         "base_model_hash": learner.identity["model_hash"],
@@ -393,6 +402,7 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
     }
     with explain_full_disk(learner.out):
         files = learner.method.save(token, learner.out, metadata)
+    evaluation = _draw_outcome(backbone, learner)
     outcome: dict[str, Any] = {
         "schema": SCHEMA,
         "token": token,
@@ -419,10 +429,26 @@ def _finish(backbone: Backbone, learner: Learner) -> dict[str, Any]:
         "grids": learner.grids,
         "versions": list_versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "evaluation": _evaluate(backbone, learner),
+        "evaluation": evaluation,
     }
     write_outcome(learner.out, outcome)
     return outcome
+
+
+def _draw_outcome(backbone: Backbone, learner: Learner) -> dict[str, Any] | None:
+    """Draw the last grid and evaluate. What cannot be drawn costs nothing of what was learned."""
+    assert learner.stopped is not None
+    try:
+        _draw_grid(backbone, learner)
+        return _evaluate(backbone, learner)
+    except (TooLarge, Broken) as error:
+        if learner.stopped["rule"] != "nan":  # which is told by itself
+            warnings.warn(
+                f"{learner.concept.token} is trained, but nothing was drawn at its end: {error}; "
+                f"`t2iprobe inversion evaluate {learner.out}` draws and evaluates",
+                stacklevel=2,
+            )
+        return None
 
 
 def write_outcome(out: Path, outcome: dict[str, Any]) -> None:
@@ -455,9 +481,10 @@ def _evaluate(backbone: Backbone, learner: Learner) -> dict[str, Any] | None:
         with learner.untrained():
             return draw(prompts, seeds)
 
-    return evaluate_learner(
-        draw, draw_before, learner.concept, settings, str(backbone.device), backbone.dtype
-    )
+    with explain_lack_of_memory(backbone.device, "the evaluation", "take a larger device"):
+        return evaluate_learner(
+            draw, draw_before, learner.concept, settings, str(backbone.device), backbone.dtype
+        )
 
 
 def evaluate_outcome(

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,3 +115,18 @@ def test_cached_moments_give_the_latents_that_encoding_each_time_gives(concept_f
     unmirrored = moments.sample(torch.full((count,), 1), torch.zeros(count, dtype=torch.long), noise)
     worst = min(stats.ks_2samp(again.flatten(1)[:, s], unmirrored.flatten(1)[:, s]).pvalue for s in spots)
     assert worst < 1e-6  # the test can fail: the mirror image is another picture
+
+
+def test_pictures_are_encoded_one_by_one_where_the_memory_is_too_small(concept_folder: Path) -> None:
+    backbone = make_backbone(tiny_pipeline("sd"))
+    concept = load_concept(concept_folder, "<cat>", size=32)
+    whole = encode_moments(backbone, concept)
+
+    def limit(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if len(given[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    backbone.autoencoder.encoder.register_forward_pre_hook(limit)
+    parts = encode_moments(backbone, concept)
+    assert torch.allclose(parts.mean, whole.mean, atol=1e-5)
+    assert torch.allclose(parts.std, whole.std, atol=1e-5)

@@ -1,7 +1,10 @@
 """Pictures on the way are those that the model means, or none."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from t2iprobe.errors import UserError
 from t2iprobe.inversion.backbones import Backbone, make_backbone
@@ -33,3 +36,17 @@ def test_a_picture_that_stays_nan_is_refused() -> None:
     backbone.autoencoder.decoder.conv_out.bias.data[:] = float("nan")
     with pytest.raises(UserError, match="drawn for 'a cat' holds NaN in float32: try --dtype"):
         draw_pictures(backbone, ["a cat"], [0], steps=1)
+
+
+def test_fewer_pictures_are_drawn_at_once_where_the_memory_is_too_small() -> None:
+    prompts, seeds = ["a cat", "a dog", "a cow"], [0, 1, 2]
+    backbone = make("float32")
+    whole = draw_pictures(backbone, prompts, seeds, steps=2, guidance=2.0)
+
+    def limit(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if len(given[0]) > 2:  # a picture, with and without its prompt
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    backbone.denoiser.register_forward_pre_hook(limit)
+    parts = draw_pictures(backbone, prompts, seeds, steps=2, guidance=2.0)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(whole, parts, strict=True))

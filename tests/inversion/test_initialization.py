@@ -13,7 +13,7 @@ from t2iprobe.inversion.concepts import encode_moments, load_concept
 from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.initialization import initialise, list_words, nearest_words
 from t2iprobe.inversion.objective import denoising_losses, draw_inputs
-from t2iprobe.pipelines import load_pipeline
+from t2iprobe.pipelines import Pipeline, load_pipeline
 from t2iprobe.testing import tiny_pipeline
 
 HARP = Path(__file__).parents[2] / "t2iprobe" / "assets" / "concepts" / "harp.n.01"
@@ -22,6 +22,14 @@ HARP = Path(__file__).parents[2] / "t2iprobe" / "assets" / "concepts" / "harp.n.
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pipeline_with_words() -> Pipeline:
+    """A tiny pipeline whose vocabulary has whole words."""
+    pipeline = tiny_pipeline("sd")
+    pipeline.tokenizer.add_tokens(["dog", "cow", "house"])
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    return pipeline
 
 
 def test_random_rows_are_the_vocabularys_and_follow_the_seed(concept_folder: Path) -> None:
@@ -106,10 +114,7 @@ def test_the_nearest_words_depend_on_what_their_cache_is_named_by(
 def test_nearest_words_are_those_of_unmirrored_pictures_where_none_is_mirrored(
     concept_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = tiny_pipeline("sd")
-    pipeline.tokenizer.add_tokens(["dog", "cow", "house"])
-    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
-    backbone = make_backbone(pipeline)
+    backbone = make_backbone(pipeline_with_words())
     concept = load_concept(concept_folder, "<cat>", size=32)
     moments = encode_moments(backbone, concept)
     rows = Rows(backbone.encoders, {"<cat>": 1})
@@ -126,6 +131,28 @@ def test_nearest_words_are_those_of_unmirrored_pictures_where_none_is_mirrored(
         assert any(mirrored) == flip
         mirrored.clear()
     assert found[0] != found[1]  # not from the cache
+
+
+def test_nearest_words_are_found_item_by_item_where_the_memory_is_too_small(
+    concept_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initialization, "ROUNDS", ((2, 1), (1, 8)))  # fewer than there are words
+    backbone = make_backbone(pipeline_with_words())
+    concept = load_concept(concept_folder, "<cat>", size=32)
+    moments = encode_moments(backbone, concept)
+    rows = Rows(backbone.encoders, {"<cat>": 1})
+    whole = nearest_words(backbone, rows, concept, moments)
+    sizes = []
+
+    def limit(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(len(given[0]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    backbone.denoiser.register_forward_pre_hook(limit)
+    (parts,) = nearest_words(backbone, rows, concept, moments)
+    assert parts == [whole[0][0], pytest.approx(whole[0][1], rel=1e-5)]
+    assert max(sizes) == 8
 
 
 @pytest.mark.slow

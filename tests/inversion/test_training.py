@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from t2iprobe.inversion.commands import (
 )
 from t2iprobe.inversion.embeddings import Rows
 from t2iprobe.inversion.settings import Training
-from t2iprobe.inversion.training import train_concepts
+from t2iprobe.inversion.training import read_outcome, train_concepts
 
 QUICK = {"grid": 0, "evaluate": 0, "dtype": "float32", "batch": 2, "items": 4, "steps": 2, "init": "thing"}
 
@@ -402,3 +403,63 @@ def test_an_evaluation_of_another_model_or_other_pictures_is_refused(
     (out / "training.json").write_text(json.dumps({**outcome, "model_hash": "sha256:0"}))
     with pytest.raises(UserError, match="is not the model that .*out was trained with"):
         evaluate_folder(out, 1)
+
+
+def limit_memory(backbone: Backbone, fits: Callable[[int], bool]) -> None:
+    """Let the denoiser run out of memory at batches for which `fits` says no."""
+
+    def check(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        if not fits(len(given[0])):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    backbone.denoiser.register_forward_pre_hook(check)
+
+
+def test_a_step_that_does_not_fit_the_memory_is_told(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model, batch=4)
+    backbone = load_backbone(settings)
+    limit_memory(backbone, lambda batch: batch < 4 or not torch.is_grad_enabled())
+    with pytest.raises(UserError, match="a training step does not fit .*: lower --together, batch .*or size"):
+        train_some(backbone, settings, {"cat": concept_folder}, tmp_path)
+
+
+def test_a_look_that_does_not_fit_the_memory_is_told(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path
+) -> None:
+    settings = settings_for(tiny_model, items=4)
+    backbone = load_backbone(settings)
+    limit_memory(backbone, lambda batch: batch < 4)
+    with pytest.raises(UserError, match="a training step does not fit"):
+        train_some(backbone, settings, {"cat": concept_folder}, tmp_path)
+
+
+@pytest.mark.parametrize("why", ["memory", "NaN"])
+def test_a_training_is_kept_where_its_outcome_cannot_be_drawn(
+    tiny_model: Path, tmp_path: Path, concept_folder: Path, why: str
+) -> None:
+    settings = settings_for(tiny_model, grid=2, evaluate=1)
+    backbone = load_backbone(settings)
+    drawn: list[int] = []
+
+    def break_later(_: Any, given: Any, made: torch.Tensor) -> torch.Tensor:
+        drawn.append(1)
+        if len(drawn) == 1:  # the grid of the beginning
+            return made
+        if why == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return made * torch.nan
+
+    backbone.autoencoder.decoder.register_forward_hook(break_later)
+    message = "<cat> is trained, but nothing was drawn at its end: .*; `t2iprobe inversion evaluate .*cat`"
+    with pytest.warns(UserWarning, match=message):
+        found = train_some(backbone, settings, {"cat": concept_folder}, tmp_path)["cat"]
+    assert (found["steps"], found["evaluation"]) == (12, None)
+    assert [grid["step"] for grid in found["grids"]] == [0]
+    assert read_outcome(tmp_path / "cat") == json.loads(json.dumps(found))
+    assert all((tmp_path / "cat" / name).exists() for name in [*found["files"], "report.html"])
+
+    mended = evaluate_folder(tmp_path / "cat", 1)
+    assert mended["evaluation"]["likeness"]["before"]
+    assert {**mended, "evaluation": None} == json.loads(json.dumps(found))
