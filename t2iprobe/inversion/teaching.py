@@ -37,7 +37,7 @@ from t2iprobe.hypernymy.scoring import Scorer
 from t2iprobe.intervals import describe_difference, describe_probability, holm
 from t2iprobe.inversion.backbones import Backbone
 from t2iprobe.inversion.commands import load_backbone, name_token, read_concept
-from t2iprobe.inversion.concepts import OBJECT_TEMPLATES
+from t2iprobe.inversion.concepts import OBJECT_TEMPLATES, Concept
 from t2iprobe.inversion.drawing import write_pictures
 from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.methods import METHODS, Method, find_method
@@ -120,6 +120,7 @@ def teach(
         backbone.pipeline.scheduler = scheduler.from_config(backbone.pipeline.scheduler.config)
     for name in chosen:
         METHODS[name].check(backbone)
+    concepts = {each.synset: _read(each, training, backbone, skip_bad) for each in lessons}
     scorer = next(iter(probe.load_scorers(study, str(backbone.device), len(hierarchy.classes)).values()))
     claim_folder(out, identity)
     prober = _Prober(study, backbone, scorer, hierarchy, out)
@@ -137,7 +138,7 @@ def teach(
     rows: list[dict[str, Any]] = []
     others: dict[str, Any] = {}
     for name in chosen:
-        outcomes = _train(lessons, training, name, backbone, out, skip_bad, advance)
+        outcomes = _train(lessons, concepts, training, name, backbone, out, advance)
         found = []
         for lesson in lessons:
             with _installed(backbone, name, training, lesson, out / name / lesson.synset) as method:
@@ -277,13 +278,18 @@ def _captions(lesson: Lesson, settings: Training) -> list[str] | str:
     return own * max(1, len(OBJECT_TEMPLATES) // len(own)) + list(OBJECT_TEMPLATES)
 
 
+def _read(lesson: Lesson, settings: Training, backbone: Backbone, skip_bad: bool) -> Concept:
+    chosen = settings.model_copy(update={"templates": _captions(lesson, settings)})
+    return read_concept(lesson.pictures, lesson.token, chosen, backbone, skip_bad=skip_bad)
+
+
 def _train(
     lessons: Sequence[Lesson],
+    concepts: Mapping[str, Concept],
     settings: Training,
     name: str,
     backbone: Backbone,
     out: Path,
-    skip_bad: bool,
     advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
     """Train every lesson by a method, into ``out/<method>/<synset>``. Returns synset → training.json."""
@@ -291,11 +297,7 @@ def _train(
     group = GROUP if METHODS[name].shares_pass else 1
     for start in range(0, len(lessons), group):
         part = lessons[start : start + group]
-        jobs = []
-        for lesson in part:
-            chosen = settings.model_copy(update={"templates": _captions(lesson, settings)})
-            concept = read_concept(lesson.pictures, lesson.token, chosen, backbone, skip_bad=skip_bad)
-            jobs.append((concept, out / name / lesson.synset))
+        jobs = [(concepts[lesson.synset], out / name / lesson.synset) for lesson in part]
         trained = train_concepts(backbone, jobs, settings.model_copy(update={"method": name}))
         outcomes |= {lesson.synset: found for lesson, found in zip(part, trained, strict=True)}
         advance(len(part))

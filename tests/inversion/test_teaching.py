@@ -229,6 +229,19 @@ def test_mistakes_are_told(run: Path, taught: Path, pictures: Path, tmp_path: Pa
     refuse("judged pictures made elsewhere", judged.path, ["dog"], pictures, out)
 
 
+def test_pictures_that_cannot_be_read_are_told_before_anything_is_drawn(run: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("dog", "bird")):
+        draw_concept(tmp_path / "pictures" / name, seed)
+    bad = tmp_path / "pictures" / "bird" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=f"cannot read the picture {bad}"):
+        teach(
+            run, ["dog", "bird"], tmp_path / "pictures", out, samples=1, settings=settings_for("init=thing")
+        )
+    assert not out.exists()
+
+
 def test_another_run_does_not_take_the_folder(
     tiny_model: Path, taught: Path, pictures: Path, tmp_path: Path
 ) -> None:
