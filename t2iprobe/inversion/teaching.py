@@ -42,7 +42,7 @@ from t2iprobe.inversion.drawing import write_pictures
 from t2iprobe.inversion.folders import check_folder, claim_folder
 from t2iprobe.inversion.methods import METHODS, Method, find_method
 from t2iprobe.inversion.settings import Training
-from t2iprobe.inversion.training import train_concepts
+from t2iprobe.inversion.training import check_prior, train_concepts
 from t2iprobe.machine import list_versions
 from t2iprobe.pictures import picture_files, resize_picture
 from t2iprobe.pipelines import find_scheduler
@@ -104,12 +104,15 @@ def teach(
     """
     began = time.perf_counter()
     opened, study, results = _read_run(run)
-    chosen = list(METHODS) if "all" in methods else list(methods or ["textual-inversion"])
+    chosen = list(METHODS) if "all" in methods else list(dict.fromkeys(methods or ["textual-inversion"]))
     for name in chosen:
         find_method(name)
     hierarchy = probe.load_hierarchy(study)
     lessons = plan_lessons(study, results, hierarchy, words, pictures, samples)
     training = _fit_settings(study, settings or Training.model_validate({}))
+    trainings = {name: _choose_method(training, name, chosen) for name in chosen}
+    for each in trainings.values():
+        check_prior(each)
     known = _choose_known(study, results, hierarchy)
     identity = {key: value for key, value in opened.manifest["identity"].items() if key not in GROWING}
     identity["known"] = list(dict.fromkeys(entry.synset for entry in known))
@@ -138,7 +141,7 @@ def teach(
     rows: list[dict[str, Any]] = []
     others: dict[str, Any] = {}
     for name in chosen:
-        outcomes = _train(lessons, concepts, training, name, backbone, out, advance)
+        outcomes = _train(lessons, concepts, trainings[name], backbone, out, advance)
         found = []
         for lesson in lessons:
             with _installed(backbone, name, training, lesson, out / name / lesson.synset) as method:
@@ -270,6 +273,12 @@ def _fit_settings(study: Study, settings: Training) -> Training:
     return settings.model_copy(update=changes)
 
 
+def _choose_method(settings: Training, name: str, names: Sequence[str]) -> Training:
+    """Return the settings for one of several methods: those without a use for a prior go without it."""
+    left_out = {"prior": None} if len(names) > 1 and not METHODS[name].uses_prior else {}
+    return settings.model_copy(update={"method": name, **left_out})
+
+
 def _captions(lesson: Lesson, settings: Training) -> list[str] | str:
     """Return what captions are drawn from: the probe's own wordings as often as all the others together."""
     if "templates" in settings.model_fields_set:
@@ -287,18 +296,17 @@ def _train(
     lessons: Sequence[Lesson],
     concepts: Mapping[str, Concept],
     settings: Training,
-    name: str,
     backbone: Backbone,
     out: Path,
     advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    """Train every lesson by a method, into ``out/<method>/<synset>``. Returns synset → training.json."""
+    """Train every lesson into ``out/<method>/<synset>``. Returns synset → training.json."""
     outcomes: dict[str, dict[str, Any]] = {}
-    group = GROUP if METHODS[name].shares_pass else 1
+    group = GROUP if METHODS[settings.method].shares_pass else 1
     for start in range(0, len(lessons), group):
         part = lessons[start : start + group]
-        jobs = [(concepts[lesson.synset], out / name / lesson.synset) for lesson in part]
-        trained = train_concepts(backbone, jobs, settings.model_copy(update={"method": name}))
+        jobs = [(concepts[lesson.synset], out / settings.method / lesson.synset) for lesson in part]
+        trained = train_concepts(backbone, jobs, settings)
         outcomes |= {lesson.synset: found for lesson, found in zip(part, trained, strict=True)}
         advance(len(part))
     return outcomes

@@ -155,7 +155,7 @@ def _train(
     progress: Progress | None,
 ) -> dict[Path, dict[str, Any]]:
     _check_features(backbone, settings)
-    prior = _make_prior(backbone, settings, method_class)
+    prior = _make_prior(backbone, settings)
     tokens = {concept.token: settings.vectors for concept, _ in jobs}
     method = method_class(backbone, tokens, settings.rank, settings.seed)
     try:
@@ -235,14 +235,18 @@ def _on(moments: Moments, device: torch.device) -> Moments:
     return Moments(moments.mean.to(device), moments.std.to(device))
 
 
-def _make_prior(
-    backbone: Backbone, settings: Training, method_class: type[Method]
-) -> tuple[Concept, Moments] | None:
+def check_prior(settings: Training) -> None:
+    """Raise UserError for a prior that the method has no use for."""
+    method = find_method(settings.method)
+    if settings.prior is not None and not method.uses_prior:
+        raise UserError(f"{method.name} changes nothing but the token: leave --prior out")
+
+
+def _make_prior(backbone: Backbone, settings: Training) -> tuple[Concept, Moments] | None:
     """Draw the pictures of the prior's word with the untrained model (DreamBooth, §3.2)."""
+    check_prior(settings)
     if settings.prior is None:
         return None
-    if not method_class.uses_prior:
-        raise UserError(f"{method_class.name} changes nothing but the token: leave --prior out")
     prompt = PRIOR_TEMPLATE.replace("{}", settings.prior)
     seeds = [settings.seed * 1_000_003 + number for number in range(settings.prior_pictures)]
     drawn = draw_pictures(backbone, [prompt] * len(seeds), seeds, settings.steps, settings.guidance)

@@ -242,6 +242,26 @@ def test_pictures_that_cannot_be_read_are_told_before_anything_is_drawn(run: Pat
     assert not out.exists()
 
 
+def test_of_several_methods_those_without_a_use_for_a_prior_go_without_it(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = settings_for("init=thing", "prior=bird", "prior_pictures=1")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="leave --prior out"):
+        teach(run, ["dog"], pictures, out, samples=1, settings=settings)
+    assert not out.exists()  # told before anything is drawn
+
+    methods = ["textual-inversion", "custom-diffusion", "textual-inversion"]
+    found = teach(run, ["dog"], pictures, out, methods=methods, samples=1, settings=settings)
+
+    assert found["methods"] == [row["method"] for row in found["words"]] == methods[:2]
+    priors = {
+        name: json.loads((out / name / "dog.n.01" / "training.json").read_text())["settings"]["prior"]
+        for name in methods
+    }
+    assert priors == {"textual-inversion": None, "custom-diffusion": "bird"}
+
+
 def test_another_run_does_not_take_the_folder(
     tiny_model: Path, taught: Path, pictures: Path, tmp_path: Path
 ) -> None:
