@@ -140,6 +140,11 @@ def generate(
         raise UserError(f"a batch has 1 prompt or more, not {batch}")
     from t2iprobe.llm.commands import choose_trees, read_prompts, write_texts
     from t2iprobe.llm.engine.processing import Sampling
+    from t2iprobe.storage import is_utf8
+
+    for name, words in (("the prompt", prompt), ("--system", system), ("--stop", stop)):
+        if not is_utf8(words):
+            raise UserError(f"{name} is not UTF-8")
 
     if swarm:
         from t2iprobe.llm.swarm.client import BUDGET, describe_swarm
@@ -165,7 +170,7 @@ def generate(
     rows = (
         read_prompts(prompts)
         if prompts is not None
-        else [{"prompt": sys.stdin.read() if prompt == "-" else prompt}]
+        else [{"prompt": _read_stdin() if prompt == "-" else prompt}]
     )
     if swarm:
         if memory is not None or link is not None:
@@ -203,6 +208,15 @@ def generate(
             else:
                 print()
                 print(_describe(made), file=sys.stderr)
+
+
+def _read_stdin() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in some locales stray bytes come as halves of surrogate pairs
+    except UnicodeError:
+        raise UserError("the prompt is not UTF-8") from None
+    return text
 
 
 def _load_from_swarm(

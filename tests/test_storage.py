@@ -13,6 +13,7 @@ from t2iprobe.errors import UserError
 from t2iprobe.storage import (
     explain_full_disk,
     hash_files,
+    is_utf8,
     read_arrays,
     remove_leftovers,
     write_atomically,
@@ -97,3 +98,14 @@ def test_a_hash_follows_content_and_name_but_not_place(tmp_path: Path) -> None:
     assert hash_files({"w": one}) != hash_files({"v": one})
     two.write_bytes(b"other weights")
     assert hash_files({"w": one}) != hash_files({"w": two})
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        (None, True), ("é 🦩", True), ({"a": ["é", 1]}, True), ("\udfff", False),
+        ({"a": [{"\ud800": 1}]}, False), (os.fsdecode(b"\xff"), False),
+    ],
+)  # fmt: skip
+def test_halves_of_surrogate_pairs_cannot_be_written(value: object, right: bool) -> None:
+    assert is_utf8(value) is right

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.storage import is_utf8
 from t2iprobe.wordnet import choose_article
 
 if TYPE_CHECKING:
@@ -97,12 +98,14 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
 def _read_line(line: str, where: str) -> tuple[str, list[str]]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
     if isinstance(row, dict):
         synset, texts = row.get("synset"), row.get("prompts", [row.get("prompt")])
         if isinstance(synset, str) and isinstance(texts, list) and texts:
             if all(isinstance(text, str) and text for text in texts):
+                if not is_utf8(texts):
+                    raise UserError(f"{where}: half of a surrogate pair is no character, leave it out")
                 return synset, texts
     raise UserError(f'{where} must look like {{"synset": "dog.n.01", "prompt": "a dog in the snow"}}')
 

@@ -43,7 +43,7 @@ from t2iprobe.llm.models import (
     load_without_layers,
 )
 from t2iprobe.llm.parts import Parts
-from t2iprobe.storage import write_atomically
+from t2iprobe.storage import is_utf8, write_atomically
 
 __all__ = [
     "DRAFTS",
@@ -322,12 +322,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not (
             isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)
         ):
             raise UserError(f'{path}, line {number}: write {{"prompt": "…"}} or {{"messages": […]}}')
+        if not is_utf8(row):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair is no character, leave it out")
         rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no prompts")

@@ -315,7 +315,7 @@ def detect_field(path: Path) -> str:
         for line in chunk.lines:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 return "prompt" if "prompt" in row and "text" not in row else "text"

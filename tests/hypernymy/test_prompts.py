@@ -104,6 +104,8 @@ def test_read_prompts(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2 of .* is not JSON"),
+        ("[" * 100_000, "line 2 of .* is not JSON"),
+        ('{"synset": "dog.n.01", "prompt": "a \\ud800"}', "line 2 of .*: half of a surrogate pair"),
         ("[]", "line 2 of .* must look like"),
         ('{"synset": "dog.n.01"}', "line 2 of"),
         ('{"synset": "dog.n.01", "prompts": []}', "line 2 of"),

@@ -1,5 +1,6 @@
 """The commands of `t2iprobe llm` on toy models: what is printed, what is counted, what is refused."""
 
+import io
 import json
 import subprocess
 import sys
@@ -254,12 +255,36 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         ("", "holds no prompts"),
         ('{"text": 1}', 'line 1: write {"prompt"'),
         ("{", "line 1"),
+        ("[" * 100_000, "line 1: write"),
+        (
+            '{"prompt": "tea"}\n{"prompt": "a \\ud800 heron"}',
+            "prompts.jsonl, line 2: half of a surrogate pair",
+        ),
+        ('{"prompt": "tea", "meta": ["\\udfff"]}', "line 1: half of a surrogate pair"),
     ):
         (tmp_path / "prompts.jsonl").write_text(content)
         with pytest.raises(UserError, match=match):
             read_prompts(tmp_path / "prompts.jsonl")
     with pytest.raises(UserError, match="cannot read"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "name"),
+    [
+        (["a \udcff b"], None, "the prompt"),
+        (["tea", "--system", "\udcff"], None, "--system"),
+        (["tea", "--stop", "e", "--stop", "\udcff"], None, "--stop"),
+        (["-"], b"a \xff b", "the prompt"),
+    ],
+)
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_words_that_are_not_utf8(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], given: bytes | None, name: str, errors: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given or b""), "utf-8", errors))
+    with pytest.raises(UserError, match=f"^{name} is not UTF-8$"):
+        app(["llm", "generate", *words], standalone_mode=False)
 
 
 def test_help_loads_no_heavy_module() -> None:

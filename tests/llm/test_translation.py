@@ -22,6 +22,7 @@ from t2iprobe.llm.translation import (
     _restore,
     _stand_in,
     chrf,
+    detect_field,
     find_form,
     identify,
     translate_file,
@@ -306,3 +307,9 @@ def test_apertium_keeps_texts_apart(tmp_path: Path) -> None:
     assert found[1]["prompt"] == "Una imagen de una araña."
     assert found[0]["prompt"].startswith("El perro es viejo. ")
     assert found[1]["checks"]["chrf"] > 50
+
+
+def test_the_field_is_that_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("[" * 100_000 + '\n{\n{"prompt": "a heron"}\n{"text": "a heron"}\n')
+    assert detect_field(path) == "prompt"

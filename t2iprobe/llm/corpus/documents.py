@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from t2iprobe.errors import UserError
+from t2iprobe.storage import is_utf8
 
 FORMS = ("jsonl", "txt", "parquet")
 CHUNK_LINES, CHUNK_BYTES = 512, 4 << 20
@@ -197,10 +198,11 @@ class Source:
         text = fields.get(self.field)
         if not isinstance(text, str):
             raise ValueError(f"no text in {self.field!r}")
-        try:
-            text.isascii() or text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text holds half of a surrogate pair") from None
+        if b"\\ud" in line or b"\\uD" in line:
+            for key, value in fields.items():
+                if not is_utf8({key: value}):
+                    where = "the text" if key == self.field else repr(key)
+                    raise ValueError(f"{where} holds half of a surrogate pair")
         name = fields.get("id")
         return Row(number, f"{self.prefix}/{number}" if name is None else str(name), text, fields, line)
 

@@ -18,6 +18,7 @@ from t2iprobe.llm.models import Tokenizer
 from t2iprobe.llm.swarm.blocks import Ends
 from t2iprobe.llm.swarm.taught import Adapters, SoftPrompt
 from t2iprobe.llm.swarm.training import BlockChain, Rows, run_blocks
+from t2iprobe.storage import is_utf8
 
 __all__ = ["Example", "Tuning", "example_loss", "parse_borders", "read_examples", "tune"]
 
@@ -196,10 +197,12 @@ def read_examples(path: Path, tokenizer: Tokenizer, most_tokens: int = 256) -> l
         try:
             row = json.loads(line)
             text, prompt = row["text"], row.get("prompt", "")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = prompt = None
         if not isinstance(text, str) or not isinstance(prompt, str) or not text.strip():
             raise UserError(f'{path}, line {number}: write {{"text": "…"}}, with a "prompt" if it has one')
+        if not is_utf8([prompt, text]):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair is no character, leave it out")
         before = tokenizer(prompt).input_ids if prompt else []
         before = before or begin or tokenizer(text).input_ids[:1]
         after = [*tokenizer(text, add_special_tokens=False).input_ids, *end]

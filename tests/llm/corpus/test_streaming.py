@@ -181,15 +181,17 @@ def test_broken_lines_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(
         b'{"text": "good"}\n{"text": "caf\xe9"}\n{"text": "x", \n{"txt": "x"}\n"text"\n'
-        b'{"text": "\\ud83d"}\n\n{"text": "' + b"x" * 300 + b'"}\n{"text": "last"}'
+        b'{"text": "\\ud83d"}\n\n{"text": "' + b"x" * 300 + b'"}\n{"text": "last"}\n'
+        b'{"text": "x", "id": "\\uD800"}\n{"text": "x", "\\udfff": 1}\n{"text": "\\ud83e\\udda9"}\n'
     )
     rows, rejected = parse_all(path, longest=100)
 
-    assert [(row.number, row.text) for row in rows] == [(0, "good"), (8, "last")]
-    assert [line for line, _ in rejected] == [2, 3, 4, 5, 6, 8]
+    assert [(row.number, row.text) for row in rows] == [(0, "good"), (8, "last"), (11, "🦩")]
+    assert [line for line, _ in rejected] == [2, 3, 4, 5, 6, 8, 10, 11]
     assert [why.split(":")[0] for _, why in rejected] == [
         "byte 13 is not UTF-8", "not JSON", "no text in 'text'", "not an object",
         "the text holds half of a surrogate pair", "longer than 100 bytes",
+        "'id' holds half of a surrogate pair", r"'\udfff' holds half of a surrogate pair",
     ]  # fmt: skip
 
 

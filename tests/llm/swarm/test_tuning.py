@@ -212,6 +212,9 @@ def test_examples_that_are_none_are_told_with_their_line(toy, tmp_path):
         path.write_text(f'{{"text": "abc"}}\n{line}\n')
         with pytest.raises(UserError, match="line 2: write"):
             read_examples(path, tokenizer)
+    path.write_text('{"text": "abc", "prompt": "\\ud800"}\n')
+    with pytest.raises(UserError, match="line 1: half of a surrogate pair"):
+        read_examples(path, tokenizer)
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no examples"):
         read_examples(path, tokenizer)
