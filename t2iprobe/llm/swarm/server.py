@@ -130,7 +130,7 @@ class BlockServer:
     async def accept(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer a stream's frames until it ends, rests too long or breaks a rule."""
         if self.streams >= self.settings.most_streams:
-            await send_frame(writer, Frame(Kind.ERROR, {"error": "too many streams"}))
+            await send_frame(writer, Frame(Kind.ERROR, {"error": "too many streams"}), LINGER_SECONDS)
             return
         self.streams += 1
         speaker, held = _Speaker(self, writer), 0
@@ -152,7 +152,7 @@ class BlockServer:
         except (Refused, BrokenFrame) as error:
             await _refuse(reader, writer, str(error))
         except (TimeoutError, asyncio.IncompleteReadError, OSError):
-            pass  # the session rests too long, or its peer has gone
+            pass  # the session rests too long, or its peer has gone or does not read
         except Exception as error:  # a pass that failed ends one session, not the server
             await _refuse(reader, writer, f"failed: {error!r}")
         finally:
@@ -175,7 +175,7 @@ class BlockServer:
         task = asyncio.get_running_loop().run_in_executor(self._pool, run)
         try:
             while not (await asyncio.wait({task}, timeout=BUSY_SECONDS))[0]:
-                await send_frame(writer, Frame(Kind.BUSY))
+                await send_frame(writer, Frame(Kind.BUSY), self.settings.frame_seconds)
             return task.result()
         finally:
             # A pass whose peer has gone still ends before its session's cache is given up.
@@ -186,7 +186,7 @@ class BlockServer:
 async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reason: str) -> None:
     """Tell a peer why its stream ends; read on for a moment, since what it still sends would drown that."""
     with contextlib.suppress(OSError, RuntimeError, TimeoutError):
-        await send_frame(writer, Frame(Kind.ERROR, {"error": reason[:500]}))
+        await send_frame(writer, Frame(Kind.ERROR, {"error": reason[:500]}), LINGER_SECONDS)
         async with asyncio.timeout(LINGER_SECONDS):
             while await reader.read(1 << 16):
                 pass
@@ -225,7 +225,8 @@ class _Speaker:
 
     async def _reply(self, fields: dict[str, Any], *tensors: Tensor) -> None:
         places = range(len(tensors)) if self._eight_bits else ()
-        await send_frame(self.writer, Frame(Kind.RESULT, fields, tensors), places)
+        frame = Frame(Kind.RESULT, fields, tensors)
+        await send_frame(self.writer, frame, self.server.settings.frame_seconds, places)
 
     async def _ping(self, _: Frame) -> None:
         server = self.server

@@ -30,7 +30,7 @@ __all__ = ["Accept", "Node", "PeerError", "Stream"]
 PROTOCOL = "t2iprobe-swarm-1"
 # Of records in the DHT: a peer can fill another's memory only so far.
 MOST_RECORD_BYTES, MOST_RECORDS, MOST_RECORD_SECONDS = 4096, 20_000, 3600.0
-_START_SECONDS, _ASK_SECONDS = 60.0, 15.0
+_START_SECONDS, _ASK_SECONDS, _CLOSE_SECONDS = 60.0, 15.0, 15.0
 T = TypeVar("T")
 # Called with the remote peer's id, and reader and writer of its stream.
 Accept = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -192,6 +192,9 @@ class Node:
                 await self._accept(peer, reader, writer)
         finally:
             writer.close()
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), _CLOSE_SECONDS)
+            writer.transport.abort()  # what is still not read would be kept for ever
 
     async def _stop(self) -> bool:
         """End the daemon and all tasks. Returns whether all have ended."""
@@ -298,12 +301,20 @@ def _note_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     logging.getLogger(__name__).debug(context["message"], exc_info=context.get("exception"))
 
 
-async def send_frame(writer: asyncio.StreamWriter, frame: Frame, eight_bits: Sequence[int] = ()) -> int:
-    """Send a frame; return its bytes."""
+async def send_frame(
+    writer: asyncio.StreamWriter, frame: Frame, seconds: float, eight_bits: Sequence[int] = ()
+) -> None:
+    """Send a frame within `seconds`, and what the slowest link needs for it.
+
+    Raises TimeoutError where it is not read; the stream has ended then, and what was not sent is forgotten.
+    """
     data = encode_frame(frame, eight_bits)
     writer.write(data)
-    await writer.drain()
-    return len(data)
+    try:
+        await asyncio.wait_for(writer.drain(), seconds + len(data) / SLOWEST_LINK)
+    except TimeoutError:
+        writer.transport.abort()
+        raise
 
 
 def _make_validator() -> Any:

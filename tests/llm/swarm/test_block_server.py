@@ -1,12 +1,16 @@
 """A server without a network: its budgets, its moves, its memory of what it is told."""
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import decoder_toys as toys
 import pytest
 import torch
 
+from t2iprobe.llm.swarm import transport
 from t2iprobe.llm.swarm.blocks import Blocks
 from t2iprobe.llm.swarm.frames import Frame, Kind, Limits, encode_frame, read_frame
 from t2iprobe.llm.swarm.registry import Announcement, ModelKey
@@ -53,6 +57,26 @@ def talk(server: BlockServer, *asks, between=None) -> list[Frame]:
     return asyncio.run(run())
 
 
+def ask_and_never_read(
+    asks: bytes, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+) -> asyncio.StreamWriter:
+    """Send what is asked and read nothing; return the server's side of the stream when `accept` has ended."""
+
+    async def run() -> asyncio.StreamWriter:
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=theirs)
+            task = asyncio.create_task(accept(reader, writer))
+            async with asyncio.timeout(10):
+                with contextlib.suppress(OSError):  # it may have ended before it was told all
+                    await asyncio.get_running_loop().sock_sendall(ours, asks)
+                await task
+        return writer
+
+    return asyncio.run(run())
+
+
 def test_a_session_takes_what_it_was_promised_and_gives_it_back():
     server, seen = make_server(), []
 
@@ -91,6 +115,32 @@ def test_what_is_too_much_is_refused_and_leaves_nothing(settings, ask, reason):
     assert answer.kind == Kind.ERROR
     assert reason in answer.fields["error"]
     assert (server.budget.taken, server.inbox.taken, server.sessions, server.streams) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_peer_that_does_not_read_loses_its_session(monkeypatch, count):
+    monkeypatch.setattr(transport, "SLOWEST_LINK", 10_000_000)
+    server, batch = make_server(frame_seconds=0.2), 4000  # 1 MB an answer: more than a socket holds
+    asks = open_frame(batch=batch, capacity=1) + step_frame(batch=batch)
+    asks += b"".join(
+        step_frame(step, batch=batch, before=[("crop", [0] * batch)]) for step in range(1, count)
+    )
+    writer = ask_and_never_read(asks, lambda *stream: server.accept("peer", *stream))
+    assert (server.budget.taken, server.inbox.taken, server.sessions, server.streams) == (0, 0, 0, 0)
+    assert writer.transport.get_write_buffer_size() == 0
+
+
+def test_what_is_not_read_ends_with_the_stream(monkeypatch):
+    monkeypatch.setattr(transport, "_CLOSE_SECONDS", 0.2)
+
+    async def accept(_: str, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(1 << 20))
+
+    node = SimpleNamespace(_accept=accept, may_speak=lambda _: True)
+    writer = ask_and_never_read(
+        b"", lambda *stream: transport.Node._answer(node, SimpleNamespace(peer_id="peer"), *stream)
+    )
+    assert writer.transport.get_write_buffer_size() == 0
 
 
 def test_a_cache_that_cannot_grow_ends_its_session():
@@ -154,8 +204,6 @@ def test_records_are_bounded():
     pytest.importorskip("hivemind")
     from hivemind.dht.validation import DHTRecord
     from hivemind.utils.timed_storage import get_dht_time
-
-    from t2iprobe.llm.swarm import transport
 
     validator, now = transport._make_validator(), get_dht_time()
     assert validator.validate(DHTRecord(b"key", b"sub", b"v" * 1000, now + 30))
