@@ -227,6 +227,13 @@ class Blocks(_Bypass):
     def _masks(self, cache: RowCache, tree_mask: Tensor) -> dict[str, Tensor]:
         return {kind: cache.mask(tree_mask, self.dtype, window) for kind, window in self.windows.items()}
 
+    def mask_bytes(self, batch: int, rows: int, slots: int) -> int:
+        """Return what the masks of so many rows that look at so many slots take while they are made."""
+        # Beside the others the last one, who is seen and who is not; or, with a window, distances.
+        width, windows = self.dtype.itemsize, self.windows.values()
+        last = max(width + 2, 0 if set(windows) == {None} else 10)
+        return batch * rows * slots * ((len(windows) - 1) * width + last)
+
     def _full_masks(self, positions: Tensor, mask: Tensor) -> dict[str, Tensor]:
         cache = RowCache(len(positions), positions.shape[1], self.device)
         cache.reserve(positions)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["BLOCK", "BrokenFrame", "decode_tensor", "encode_tensor", "round_trip"]
+__all__ = ["BLOCK", "BrokenFrame", "decode_tensor", "decoded_bytes", "encode_tensor", "round_trip"]
 
 # Numbers of a row that share a step: few, since some of a hidden state's are a thousand times the others.
 BLOCK = 64
@@ -43,6 +43,29 @@ def decode_tensor(about: Any, data: memoryview) -> tuple[torch.Tensor, int]:
 
     Raises BrokenFrame for a description that does not fit the data; nothing is allocated before it does.
     """
+    shape, dtype, bits = _read_about(about)
+    count, nbytes = math.prod(shape), _count_bytes(shape, dtype, bits)
+    if nbytes > len(data):
+        raise BrokenFrame(f"a tensor of {nbytes} bytes in {len(data)}")
+    # A copy: the frame's buffer is read-only, and is freed with all its tensors.
+    part = bytearray(data[:nbytes])
+    if dtype == torch.bool:
+        bits_ = np.unpackbits(np.frombuffer(part, np.uint8), count=count).view(np.bool_)
+        return torch.from_numpy(bits_).view(shape), nbytes
+    if bits == 8:
+        return _from_bytes(torch.frombuffer(part, dtype=torch.uint8), shape, dtype), nbytes
+    if not count:
+        return torch.empty(shape, dtype=dtype), 0
+    return torch.frombuffer(part, dtype=dtype).view(shape), nbytes
+
+
+def decoded_bytes(about: Any) -> int:
+    """Return how many bytes the tensor of a description has. Raises BrokenFrame where it has none."""
+    shape, dtype, _ = _read_about(about)
+    return math.prod(shape) * dtype.itemsize
+
+
+def _read_about(about: Any) -> tuple[tuple[int, ...], torch.dtype, int | None]:
     try:
         shape, dtype = tuple(about["shape"]), _DTYPES[about["dtype"]]
         bits = about.get("bits")
@@ -51,22 +74,9 @@ def decode_tensor(about: Any, data: memoryview) -> tuple[torch.Tensor, int]:
     sizes_are_counts = all(type(size) is int and 0 <= size < 2**40 for size in shape)
     if len(shape) > _MOST_DIMENSIONS or not sizes_are_counts or bits not in (None, 8):
         raise BrokenFrame("a tensor of an impossible shape")
-    count = math.prod(shape)
-    if bits == 8 and not (dtype.is_floating_point and count):
+    if bits == 8 and not (dtype.is_floating_point and math.prod(shape)):
         raise BrokenFrame("8 bits of what is no hidden state")
-    nbytes = _count_bytes(shape, dtype, bits)
-    if nbytes > len(data):
-        raise BrokenFrame(f"a tensor of {nbytes} bytes in {len(data)}")
-    # A copy: the frame's buffer is read-only, and is freed with all its tensors.
-    part = bytearray(data[:nbytes])
-    if dtype == torch.bool:
-        bits_ = np.unpackbits(np.frombuffer(part, np.uint8), count=count).astype(np.bool_)
-        return torch.from_numpy(bits_).view(shape), nbytes
-    if bits == 8:
-        return _from_bytes(torch.frombuffer(part, dtype=torch.uint8), shape, dtype), nbytes
-    if not count:
-        return torch.empty(shape, dtype=dtype), 0
-    return torch.frombuffer(part, dtype=dtype).view(shape), nbytes
+    return shape, dtype, bits
 
 
 def round_trip(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from t2iprobe.llm.swarm.codec import BrokenFrame, decode_tensor, encode_tensor
+from t2iprobe.llm.swarm.codec import BrokenFrame, decode_tensor, decoded_bytes, encode_tensor
 
 __all__ = ["BrokenFrame", "Frame", "Kind", "Limits", "decode_frame", "encode_frame", "read_frame"]
 
@@ -23,6 +23,7 @@ MAGIC, VERSION = b"T2IS", 1
 # Bytes a second; nothing slower counts as alive.
 SLOWEST_LINK = 100_000
 _HEAD = struct.Struct("<4sBBIQI")
+T = TypeVar("T")
 HEAD_BYTES = _HEAD.size
 
 
@@ -85,19 +86,25 @@ def decode_frame(data: bytes, limits: Limits | None = None) -> Frame:
     kind, header_bytes, body_bytes, checksum = decode_head(data[:HEAD_BYTES], limits or Limits())
     if len(data) != HEAD_BYTES + header_bytes + body_bytes:
         raise BrokenFrame("a truncated frame")
-    return _decode_content(kind, data[HEAD_BYTES:], header_bytes, checksum)
+    content = memoryview(data)[HEAD_BYTES:]
+    return _decode_body(kind, content[header_bytes:], *_decode_header(content, header_bytes, checksum))
 
 
-def _decode_content(kind: Kind, content: bytes, header_bytes: int, checksum: int) -> Frame:
+def _decode_header(content: memoryview, header_bytes: int, checksum: int) -> tuple[dict[str, Any], list[Any]]:
+    """Return a frame's fields, and what it says of its tensors."""
     if zlib.crc32(content) != checksum:
         raise BrokenFrame("a corrupted frame")
     try:
-        fields, abouts = json.loads(content[:header_bytes])
+        fields, abouts = json.loads(bytes(content[:header_bytes]))
     except (ValueError, RecursionError):
         raise BrokenFrame("a header that is no JSON") from None
     if not isinstance(fields, dict) or not isinstance(abouts, list):
         raise BrokenFrame("a header of another form")
-    body, tensors = memoryview(content)[header_bytes:], []
+    return fields, abouts
+
+
+def _decode_body(kind: Kind, body: memoryview, fields: dict[str, Any], abouts: list[Any]) -> Frame:
+    tensors = []
     for about in abouts:
         tensor, used = decode_tensor(about, body)
         tensors.append(tensor)
@@ -115,19 +122,23 @@ async def read_frame(
 ) -> tuple[Frame, int]:
     """Read one frame; return it and its bytes. Memory is taken as data arrives, not as it is promised.
 
-    `admit` is told a frame's size before its content is read, and may raise. A frame that has begun must be
-    whole within `seconds`, and what the slowest link needs for it. Raises BrokenFrame, TimeoutError, or
-    asyncio.IncompleteReadError at the end of the stream.
+    `admit` is told a frame's size before its content is read, then by how much its tensors are larger before
+    these are made, and may raise. A frame that has begun must be whole within `seconds`, and what the slowest
+    link needs for it. Raises BrokenFrame, TimeoutError, or asyncio.IncompleteReadError at the stream's end.
     """
     head = await reader.readexactly(HEAD_BYTES)
     kind, header_bytes, body_bytes, checksum = decode_head(head, limits)
     size = header_bytes + body_bytes
     admit(size)
     patience = None if seconds is None else seconds + size / SLOWEST_LINK
-    content = await asyncio.wait_for(reader.readexactly(size), patience)
-    # Checking and copying a large frame would keep others waiting.
-    if len(content) > 1 << 20:
-        frame = await asyncio.to_thread(_decode_content, kind, content, header_bytes, checksum)
-    else:
-        frame = _decode_content(kind, content, header_bytes, checksum)
-    return frame, HEAD_BYTES + len(content)
+    content = memoryview(await asyncio.wait_for(reader.readexactly(size), patience))
+    fields, abouts = await _aside(size, _decode_header, content, header_bytes, checksum)
+    grown = sum(map(decoded_bytes, abouts)) - body_bytes
+    admit(max(grown, 0))
+    frame = await _aside(size + grown, _decode_body, kind, content[header_bytes:], fields, abouts)
+    return frame, HEAD_BYTES + size
+
+
+async def _aside(nbytes: int, function: Callable[..., T], *args: Any) -> T:
+    """Call a function, in a thread where so many bytes would keep others waiting."""
+    return await asyncio.to_thread(function, *args) if nbytes > 1 << 20 else function(*args)

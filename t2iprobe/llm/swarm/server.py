@@ -7,7 +7,7 @@ sends is checked before memory is taken for it.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,8 @@ LINGER_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What a server allows: bytes of all caches and of all frames that are being answered, seconds that a
-    session may rest and a frame may take, rows of a pass, streams, passes that wait."""
+    """What a server allows: bytes of all caches and of all frames that are being answered with their masks,
+    seconds that a session may rest and a frame may take, rows of a pass, streams, passes that wait."""
 
     cache_bytes: int = 1 << 30
     frame_bytes: int = 1 << 30
@@ -80,6 +80,15 @@ class _Budget:
         if nbytes > self.left:
             raise Refused(f"full: the {self.name} has {self.left} of {nbytes} bytes left")
         self.taken += nbytes
+
+    @contextlib.contextmanager
+    def lend(self, nbytes: int) -> Iterator[None]:
+        """Take that much for a while. Raises Refused where it is not left."""
+        self.take(nbytes)
+        try:
+            yield
+        finally:
+            self.taken -= nbytes
 
 
 @dataclass
@@ -138,7 +147,7 @@ class BlockServer:
         def admit(nbytes: int) -> None:
             nonlocal held
             self.inbox.take(nbytes)
-            held = nbytes
+            held += nbytes
 
         try:
             while True:
@@ -285,12 +294,14 @@ class _Speaker:
         pending = cache.pending
         if batch != session.batch or mask.shape != (batch, rows, pending + rows) or mask.dtype != torch.bool:
             raise Refused("a mask of another shape")
-        self._make_room(session, max(cache.lengths) + pending + rows)
+        slots = max(cache.lengths) + pending + rows
+        self._make_room(session, slots)
         wanted = min(_count(frame, "wanted", least=0), rows)
         began = time.perf_counter()
-        out = await server.compute(
-            self.writer, lambda: server.blocks.step(hidden, positions, mask, cache, session.span)
-        )
+        with server.inbox.lend(server.blocks.mask_bytes(batch, rows, slots)):
+            out = await server.compute(
+                self.writer, lambda: server.blocks.step(hidden, positions, mask, cache, session.span)
+            )
         session.steps += 1
         await self._reply(
             {"step": session.steps - 1, "seconds": time.perf_counter() - began}, out[:, rows - wanted :]
@@ -342,16 +353,14 @@ class _Speaker:
         if mask.shape != (batch, rows, rows) or mask.dtype != torch.bool:
             raise Refused("a mask of another shape")
         self._eight_bits = frame.fields.get("eight_bits") is True
-        nbytes = hidden.nbytes * (len(span) + 2)
         blocks = self.server.blocks
+        nbytes = hidden.numel() * blocks.dtype.itemsize * (len(span) + 2)
         run: Callable[..., Tensor] = blocks.backward if gradient else blocks.forward
-        self.server.budget.take(nbytes)
-        try:
+        masks = blocks.mask_bytes(batch, rows, rows)
+        with self.server.budget.lend(nbytes), self.server.inbox.lend(masks):
             out = await self.server.compute(
                 self.writer, lambda: run(hidden, positions, mask, *gradient, span)
             )
-        finally:
-            self.server.budget.taken -= nbytes
         await self._reply({}, out)
 
 

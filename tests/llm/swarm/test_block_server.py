@@ -12,7 +12,7 @@ import torch
 
 from t2iprobe.llm.swarm import transport
 from t2iprobe.llm.swarm.blocks import Blocks
-from t2iprobe.llm.swarm.frames import Frame, Kind, Limits, encode_frame, read_frame
+from t2iprobe.llm.swarm.frames import HEAD_BYTES, Frame, Kind, Limits, encode_frame, read_frame
 from t2iprobe.llm.swarm.registry import Announcement, ModelKey
 from t2iprobe.llm.swarm.server import BlockServer, ServerSettings, measure_blocks
 
@@ -164,6 +164,29 @@ def test_a_gradients_memory_is_given_back():
     small = make_server(cache_bytes=100)
     (answer,) = talk(small, encode_frame(Frame(Kind.FORWARD, fields, tensors[:3])))
     assert "full" in answer.fields["error"]
+
+
+def test_masks_are_counted_before_they_are_made():
+    rows, fields = 300, {"model": str(KEY), "first": 0, "last": 3}
+    hidden, same = torch.zeros(1, rows, 32, dtype=torch.float64), torch.zeros(1, rows, dtype=torch.int64)
+    mask = torch.ones(1, rows, rows, dtype=torch.bool)
+    forward = encode_frame(Frame(Kind.FORWARD, fields, (hidden, same, mask)))
+    step = step_frame(rows=rows, batch=1)
+    for before, ask in ((b"", forward), (open_frame(batch=1), step)):
+        # The frame; a byte a place of the mask, of which a bit came; eight that are added to the logits; two
+        # of who is seen.
+        nbytes = len(ask) - HEAD_BYTES + rows * rows * (1 + 8 + 2) - rows * rows // 8
+        (answer,) = talk(make_server(frame_bytes=nbytes - 1), before + ask)
+        assert "the inbox has" in answer.fields["error"]
+        server = make_server(frame_bytes=nbytes)
+        (answer,) = talk(server, before + ask)
+        assert answer.kind == Kind.RESULT
+        assert (server.budget.taken, server.inbox.taken) == (0, 0)
+
+
+def test_a_frames_tensors_are_counted_before_they_are_made():
+    (answer,) = talk(make_server(frame_bytes=100_000), open_frame(batch=1) + step_frame(rows=300, batch=1))
+    assert "of 78750 bytes left" in answer.fields["error"]  # 90,000 places of the mask came in 11,250 bytes
 
 
 def test_who_moves_refuses_the_sessions_that_it_no_longer_has_the_blocks_of():

@@ -210,6 +210,23 @@ def test_a_slot_is_counted_as_it_is():
     assert blocks.slot_bytes == 2 * 4 * 8 * 8
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_masks_are_no_larger_than_they_are_said_to_be(family):
+    blocks = Blocks(toys.tiny_model(family), 0, 3, torch.device("cpu"))
+    positions, mask = torch.arange(40).repeat(2, 1), torch.ones(2, 40, 40, dtype=torch.bool)
+    made = blocks._full_masks(positions, mask)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        blocks._full_masks(positions, mask)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    said = blocks.mask_bytes(2, 40, 40)
+    assert sum(mask.nbytes for mask in made.values()) < said
+    assert said <= peak <= said + 4 * positions.nbytes + 1024
+
+
 def test_blocks_that_there_are_not_are_refused(tmp_path):
     files = find_language_model(str(save_toy(tmp_path / "toy", make_toy().float())))
     with pytest.raises(UserError, match="has blocks 0:3, not 2:4"):

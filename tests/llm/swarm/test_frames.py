@@ -102,6 +102,19 @@ def test_a_truncated_frame_is_noticed():
             decode_frame(data[:size])
 
 
+def test_what_is_about_to_be_read_and_made_is_told():
+    frame = Frame(Kind.STEP, {}, (torch.ones(3, 100, dtype=torch.bool), torch.zeros(4, 128)))
+    data, told = encode_frame(frame, eight_bits=(1,)), []
+
+    async def read() -> int:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        return (await read_frame(reader, Limits(), admit=told.append))[1]
+
+    assert asyncio.run(read()) == len(data)
+    assert told == [len(data) - HEAD_BYTES, (300 + 4 * 128 * 4) - (38 + 4 * (128 + 2 * 4))]
+
+
 def forge(header: bytes, body: bytes = b"", kind: int = 3) -> bytes:
     checksum = zlib.crc32(header + body)
     return struct.pack("<4sBBIQI", b"T2IS", 1, kind, len(header), len(body), checksum) + header + body
