@@ -45,7 +45,7 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,6 +56,8 @@ __all__ = ["Writer", "listen", "make_app", "serve_engine"]
 
 # Tokens of a chat's answer where neither the request nor the model's context ends it.
 _MOST_TOKENS = 4096
+# Bytes of a request for each token of the model's context, and at least: ten times what texts need.
+_TOKEN_BYTES, _LEAST_BYTES = 64, 4 << 20
 # Seconds in which clients must have read that the server ends.
 _GRACE = 2
 
@@ -159,6 +161,11 @@ class _Ask(_Part):
         """Tokens to write at most, None where that is left open."""
         return self.max_tokens
 
+    @property
+    def characters(self) -> int:
+        """Characters of the texts to be read."""
+        raise NotImplementedError
+
     def sampling(self) -> Sampling:
         """Return how tokens are drawn; without a seed by a new one each time."""
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**63
@@ -172,6 +179,10 @@ class _CompletionAsk(_Ask):
     echo: Literal[False] = False
     suffix: Literal[""] = ""
     default_tokens = 16
+
+    @property
+    def characters(self) -> int:
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
 
 
 class _ChatAsk(_Ask):
@@ -189,6 +200,10 @@ class _ChatAsk(_Ask):
     @property
     def tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
 
 
 Ask = TypeVar("Ask", _CompletionAsk, _ChatAsk)
@@ -278,6 +293,9 @@ class Writer:
         folder = Path(engine.files.name).expanduser()
         self.name = folder.resolve().name if folder.is_dir() else engine.files.name
         self.created = int(time.time())
+        limit = engine.target.context_length
+        self.most_bytes = max(_LEAST_BYTES, _TOKEN_BYTES * (limit or 0))  # of a request
+        self._longest_token = max(map(len, engine.tokenizer.get_vocab()))
         self._thread = ThreadPoolExecutor(1, "writer")
         self._jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
         self._has_ended = False
@@ -348,13 +366,20 @@ class Writer:
         """Return what is asked for in the engine's words. Raises ApiError for what the model cannot do."""
         self.check_name(ask.model)
         param = "messages" if isinstance(ask, _ChatAsk) else "prompt"
+        limit = self.engine.target.context_length
+        if limit is not None and ask.characters > limit * self._longest_token:
+            raise ApiError(
+                f"This model's maximum context length is {limit} tokens, of {self._longest_token} characters "
+                f"at most: the {ask.characters} of the {param} cannot fit.",
+                param=param,
+                code="context_length_exceeded",
+            )
         try:
             prompt = self._encode(ask)
         except UserError as error:
             raise ApiError(str(error), param=param) from None
         if not len(prompt):
             raise ApiError("an empty prompt has nothing to be continued", param=param)
-        limit = self.engine.target.context_length
         left = _MOST_TOKENS if limit is None else limit - len(prompt)
         most = ask.tokens or max(1, min(ask.default_tokens or left, left))
         if most > left and limit is not None:
@@ -462,6 +487,19 @@ class _Stream(StreamingResponse):
             self._job.cancel()
 
 
+async def _read(request: Request, most: int) -> bytes:
+    """Return a request's body. Raises ApiError for more than `most` bytes, and once the client has gone."""
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise ApiError(f"A request may have {most} bytes here.", 413)
+    except ClientDisconnect:
+        raise ApiError("the client has gone", 499) from None
+    return bytes(body)
+
+
 async def _wait(request: Request, job: _Job) -> str | None:
     """Return a job's text, or None once the client has gone."""
 
@@ -509,10 +547,10 @@ def make_app(writer: Writer, api_key: str | None = None) -> Starlette:
         return JSONResponse(model)
 
     async def complete(request: Request) -> Response:
-        return await answer(request, _parse(_CompletionAsk, await request.body()))
+        return await answer(request, _parse(_CompletionAsk, await _read(request, writer.most_bytes)))
 
     async def chat(request: Request) -> Response:
-        return await answer(request, _parse(_ChatAsk, await request.body()))
+        return await answer(request, _parse(_ChatAsk, await _read(request, writer.most_bytes)))
 
     async def answer(request: Request, ask: _CompletionAsk | _ChatAsk) -> Response:
         order = await run_in_threadpool(writer.order, ask)

@@ -1,5 +1,6 @@
 """The endpoint, spoken to with OpenAI's own client."""
 
+import http.client
 import importlib
 import json
 import random
@@ -316,6 +317,37 @@ class TestRefusals:
         with pytest.raises(openai.BadRequestError):
             client.post("/completions", content=body, cast_to=object)
 
+    def test_a_text_that_cannot_fit_is_not_read(self, client, monkeypatch):
+        def read(*_: object, **__: object) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr("t2iprobe.llm.server.encode_prompt", read)
+        text = "x" * (CONTEXT * len("<|im_start|>") + 1)
+        for asked in (
+            lambda: chat(client, messages=[{"role": "user", "content": text}]),
+            lambda: complete(client, prompt=text),
+        ):
+            with pytest.raises(openai.BadRequestError, match="cannot fit") as refused:
+                asked()
+            assert refused.value.code == "context_length_exceeded"
+
+    def test_a_body_that_is_too_large(self, client, served):
+        with pytest.raises(openai.APIStatusError, match="4194304 bytes") as refused:
+            complete(client, prompt="x" * 5_000_000)
+        assert refused.value.status_code == 413
+
+        def parts() -> Iterator[bytes]:  # its length is not told before
+            for _ in range(80):
+                yield b"x" * 65536
+
+        connection = http.client.HTTPConnection(served.url.split("/")[2], timeout=60)
+        connection.request(
+            "POST", "/v1/completions", parts(), {"Authorization": f"Bearer {KEY}"}, encode_chunked=True
+        )
+        assert connection.getresponse().status == 413
+        connection.close()
+        assert complete(client).choices
+
     @pytest.mark.parametrize("key", ["wrong", KEY + "x"])
     def test_a_wrong_key(self, served, key):
         with served.client(key) as client, pytest.raises(openai.AuthenticationError) as refused:
@@ -397,6 +429,15 @@ class TestGone:
         monkeypatch.undo()
         assert complete(client).choices == expected
         assert gate.passes == 1
+
+    def test_a_client_that_leaves_before_it_has_asked(self, client, served, caplog):
+        host, port = served.url.removeprefix("http://").removesuffix("/v1").split(":")
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+            time.sleep(0.1)
+        assert complete(client).choices
+        assert caplog.records == []
 
 
 def test_clients_take_turns(client):
