@@ -58,6 +58,8 @@ __all__ = ["Writer", "listen", "make_app", "serve_engine"]
 _MOST_TOKENS = 4096
 # Bytes of a request for each token of the model's context, and at least: ten times what texts need.
 _TOKEN_BYTES, _LEAST_BYTES = 64, 4 << 20
+# Below, a temperature draws the most probable token as 0 does, and logits divided by it overflow.
+_COLDEST = 1e-6
 # Seconds in which clients must have read that the server ends.
 _GRACE = 2
 
@@ -169,8 +171,9 @@ class _Ask(_Part):
     def sampling(self) -> Sampling:
         """Return how tokens are drawn; without a seed by a new one each time."""
         seed = secrets.randbits(63) if self.seed is None else self.seed % 2**63
+        temperature = self.temperature if self.temperature >= _COLDEST else 0.0
         filters = (self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.no_repeat_ngram)
-        return Sampling(self.temperature, *filters, seed)
+        return Sampling(temperature, *filters, seed)
 
 
 class _CompletionAsk(_Ask):
@@ -331,6 +334,8 @@ class Writer:
             outcome: Generated | ApiError = self._generate(job)
         except _Cancelled:
             return
+        except UserError as error:  # such as filters that leave no token
+            outcome = ApiError(str(error))
         except BaseException as error:  # a tokenizer's panic is no Exception; a client would wait for ever
             logging.getLogger(__name__).exception("writing failed")
             # Only its words: the exception itself holds the caches of the text.

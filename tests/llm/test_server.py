@@ -200,6 +200,10 @@ class TestAnswers:
         nothing = {"n": 1, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "user": "me"}
         assert chat(client, **nothing, stop=None).choices == chat(client).choices
 
+    def test_the_coldest_temperatures_are_greedy(self, client):
+        greedy = chat(client, temperature=0).choices
+        assert all(chat(client, temperature=cold).choices == greedy for cold in (1e-300, 1e-38, 1e-6))
+
 
 class TestStreams:
     @pytest.mark.parametrize("seed", [4, 5])
@@ -316,6 +320,14 @@ class TestRefusals:
     def test_a_body_that_is_no_request(self, client, body):
         with pytest.raises(openai.BadRequestError):
             client.post("/completions", content=body, cast_to=object)
+
+    def test_filters_that_leave_no_token_are_the_requests_fault(self, client, caplog):
+        asked = {"extra_body": {"repetition_penalty": 1e-300}}
+        with pytest.raises(openai.BadRequestError, match="forbid every next token"):
+            chat(client, **asked)
+        with pytest.raises(openai.APIError, match="forbid every next token"):
+            list(chat(client, **asked, stream=True))
+        assert caplog.records == []
 
     def test_a_text_that_cannot_fit_is_not_read(self, client, monkeypatch):
         def read(*_: object, **__: object) -> None:
