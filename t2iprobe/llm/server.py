@@ -101,6 +101,7 @@ def _listed(stop: Any) -> Any:
 _StopText = Annotated[str, StringConstraints(min_length=1)]
 _StopTexts = Annotated[list[_StopText], BeforeValidator(_listed)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class _Part(BaseModel):
@@ -120,6 +121,9 @@ class _Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_join_parts)]
     name: str = ""
+    # As clients send answers back.
+    tool_calls: _Nothing = []
+    annotations: _Nothing = []
 
     def row(self) -> dict[str, str]:
         """Return it as chat templates know it."""
@@ -193,12 +197,20 @@ class _ChatAsk(_Ask):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] = False
     top_logprobs: Literal[0] = 0
-    tools: Annotated[list[Any], Field(max_length=0)] = []
-    tool_choice: Literal["none"] = "none"
+    tools: _Nothing = []
+    tool_choice: Literal["none", "auto"] = "none"
+    functions: _Nothing = []
+    function_call: Literal["none", "auto"] = "none"
     response_format: dict[Literal["type"], Literal["text"]] = {}
     modalities: list[Literal["text"]] = []
     store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    # Of no effect on the text.
     metadata: dict[str, str] = {}
+    parallel_tool_calls: bool = False
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
+    prompt_cache_retention: str = ""
 
     @property
     def tokens(self) -> int | None:

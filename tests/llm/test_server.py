@@ -198,7 +198,21 @@ class TestAnswers:
 
     def test_values_that_ask_for_nothing_are_accepted(self, client):
         nothing = {"n": 1, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "user": "me"}
-        assert chat(client, **nothing, stop=None).choices == chat(client).choices
+        assert complete(client, **nothing | {"logprobs": None}).choices == complete(client).choices
+        nothing |= {"stop": None, "store": False, "service_tier": "auto", "metadata": {"run": "1"}}
+        nothing |= {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
+        nothing |= {"functions": [], "function_call": "none", "response_format": {"type": "text"}}
+        nothing |= {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "safety_identifier": "s"}
+        nothing |= {"audio": None, "prediction": None, "reasoning_effort": None, "web_search_options": None}
+        assert chat(client, **nothing).choices == chat(client).choices
+
+    def test_an_answer_may_be_sent_back(self, client):
+        said = chat(client).choices[0].message
+        row = {"role": "assistant", "content": said.content}
+        more = {"tool_calls": [], "annotations": [], "refusal": None, "audio": None, "function_call": None}
+        back = [said.model_dump(), said, row, row | more]
+        answers = [chat(client, messages=[*HELLO, each, *HELLO], max_tokens=4) for each in back]
+        assert all(answer.choices == answers[0].choices for answer in answers)
 
     def test_the_coldest_temperatures_are_greedy(self, client):
         greedy = chat(client, temperature=0).choices
@@ -277,6 +291,14 @@ class TestRefusals:
             ({"max_tokens": 0}, "max_tokens", "invalid_value"),
             ({"stop": ""}, "stop", "invalid_value"),
             ({"messages": []}, "messages", "invalid_value"),
+            (
+                {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+                "messages",
+                "invalid_value",
+            ),
+            ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+            ({"store": True}, "store", "invalid_value"),
+            ({"service_tier": "flex"}, "service_tier", "invalid_value"),
             ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "invalid_value"),
             (
                 {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
