@@ -541,7 +541,7 @@ class _Guard:
     """Lets only requests with the key pass."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app, self._wanted = app, f"Bearer {api_key}".encode()
+        self._app, self._wanted = app, f"Bearer {api_key}".encode(errors="surrogateescape")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope["headers"]).get(b"authorization", b"")

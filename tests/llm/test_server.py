@@ -1,8 +1,10 @@
 """The endpoint, spoken to with OpenAI's own client."""
 
+import asyncio
 import http.client
 import importlib
 import json
+import os
 import random
 import socket
 import sys
@@ -389,6 +391,23 @@ class TestRefusals:
         assert refused.value.code == "invalid_api_key"
 
 
+@pytest.mark.parametrize(("given", "status"), [(b"Bearer \xff\xc3", 200), (b"Bearer \xff", 401)])
+def test_a_key_is_bytes(given, status):
+    """As one of the environment may be."""
+    from starlette.responses import Response
+
+    from t2iprobe.llm.server import _Guard
+
+    told = []
+
+    async def send(message: dict) -> None:
+        told.append(message)
+
+    guard = _Guard(Response(), os.fsdecode(b"\xff\xc3"))
+    asyncio.run(guard({"type": "http", "headers": [(b"authorization", given)]}, None, send))
+    assert told[0]["status"] == status
+
+
 class Gate:
     """Makes a decoder wait before every pass, and counts them."""
 
@@ -545,7 +564,7 @@ class TestCommand:
     @pytest.mark.parametrize("package", ["uvicorn", "starlette"])
     def test_a_missing_extra(self, monkeypatch, package):
         monkeypatch.delitem(sys.modules, "t2iprobe.llm.server", raising=False)
-        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        for name in [name for name in list(sys.modules) if name.split(".")[0] == package]:
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=r"pip install 't2iprobe\[serve\]'"):
             importlib.import_module("t2iprobe.llm.server")
