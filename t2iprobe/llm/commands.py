@@ -64,7 +64,7 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of "300MB", "1.5GiB" or "2000000". Raises UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in _UNITS:
         raise UserError(f"{text!r} is no amount of memory: write it as 300MB, 1.5GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -228,14 +228,18 @@ def make_draft(name: str, engine: Engine) -> Draft | None:
         if bits not in (2, 3, 4, 8):
             raise UserError(f"a copy has 2, 3, 4 or 8 bits, not {bits}: give --draft copy:4")
         return ModelDraft(_copy_target(engine, bits))
-    if not Path(name).expanduser().is_dir() and "/" not in name:
+    try:
+        is_folder = Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long a name, or nobody's home
+        is_folder = False
+    if not is_folder and "/" not in name:
         known = ("student", "early-exit:4", "lookup", "copy:4", "none")
         raise UserError(f"there is no draft {name!r}: choose {', '.join(DRAFTS)}{suggest(name, known)}")
     return ModelDraft(_load_smaller(engine, name), engine.target.vocabulary)
 
 
 def _number(name: str, value: str, least: int) -> int:
-    if not value.isdigit() or int(value) < least:
+    if not re.fullmatch(r"\d{1,9}", value) or int(value) < least:
         raise UserError(f"the draft {name!r} needs a number of {least} or more behind the colon")
     return int(value)
 
@@ -325,7 +329,9 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not (
-            isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)
+            isinstance(row.get("prompt"), str)
+            if row.get("messages") is None
+            else isinstance(row["messages"], list) and all(isinstance(each, dict) for each in row["messages"])
         ):
             raise UserError(f'{path}, line {number}: write {{"prompt": "…"}} or {{"messages": […]}}')
         if not is_utf8(row):

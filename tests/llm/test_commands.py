@@ -232,6 +232,10 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         ({"draft": "tree"}, "there is no draft 'tree'"),
         ({"draft": "early-exit:6"}, "has 6 layers: exit after fewer"),
         ({"draft": "early-exit"}, "needs a number"),
+        ({"draft": "early-exit:²"}, "needs a number"),
+        ({"draft": f"early-exit:{'9' * 5000}"}, "needs a number"),
+        ({"draft": "a" * 300}, "there is no draft 'aaa"),
+        ({"draft": "~nobody-of-that-name"}, "there is no draft '~nobody"),
         ({"draft": "copy:5"}, "2, 3, 4 or 8 bits"),
         ({"draft": str(foreign)}, "another vocabulary"),
         ({"draft": "student"}, "drafts only for SmolLM2"),
@@ -249,12 +253,15 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         for growth, budget, match in (("bush", None, "no tree 'bush'"), ("chain", -3, "budget and depth")):
             with pytest.raises(UserError, match=match):
                 choose_trees(engine, growth, budget, 6, "auto")
-    with pytest.raises(UserError, match="write it as 300MB"):
-        parse_bytes("much")
+    for much in ("much", "9" * 400):
+        with pytest.raises(UserError, match="write it as 300MB"):
+            parse_bytes(much)
     for content, match in (
         ("", "holds no prompts"),
         ('{"text": 1}', 'line 1: write {"prompt"'),
         ("{", "line 1"),
+        ('{"messages": [[{"role": "user", "content": "tea"}]]}', "line 1: write"),
+        ('{"prompt": "tea", "messages": "tea"}', "line 1: write"),
         ("[" * 100_000, "line 1: write"),
         (
             '{"prompt": "tea"}\n{"prompt": "a \\ud800 heron"}',
