@@ -3,6 +3,8 @@
 Not in a test module: what another process imports must not depend on which package is called `tests` there.
 """
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,3 +25,14 @@ def run(prompts: Path, out: Path, target: Path, **more: Any) -> dict[str, Any]:
 def write_slowly(prompts: Path, out: Path, target: Path) -> None:
     # Slow enough to be killed between any two blocks.
     run(prompts, out, target, block=Placement(4, 2, HALF, HALF, HALF), show=lambda *_: time.sleep(0.05))
+
+
+def die_in_a_line(prompts: Path, out: Path, target: Path) -> None:
+    """Be killed behind some blocks, with the last line half on the disk."""
+
+    def show(done: int, _: int) -> None:
+        if done >= 8:
+            os.truncate(out, out.stat().st_size - 7)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(prompts, out, target, show=show)

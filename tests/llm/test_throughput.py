@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from language_toys import make_toy, save_toy
-from throughput_runs import HALF, NEW, PLACEMENT, run, write_slowly
+from throughput_runs import HALF, NEW, PLACEMENT, die_in_a_line, run, write_slowly
 from typer.testing import CliRunner
 
 from t2iprobe.cli import app
@@ -249,6 +249,28 @@ def test_killed_and_continued_nothing_is_lost_or_doubled(target: Path, prompts: 
     assert found["done_before"] == kept
     assert out.read_bytes() == whole.read_bytes()
     assert list((disk / "t2iprobe" / "blocks").iterdir()) == []  # the killed ones' caches are gone, too
+
+
+def test_killed_in_a_line_the_command_continues_behind_the_last_whole_one(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    run(prompts, whole, target)
+    process = multiprocessing.get_context("spawn").Process(target=die_in_a_line, args=(prompts, out, target))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    torn = out.read_bytes()
+    assert whole.read_bytes().startswith(torn)
+    assert not torn.endswith(b"\n")
+    words = ["llm", "generate", "--prompts", str(prompts), "--throughput", "--model", str(target)]
+    words += ["--out", str(out), "--max-new-tokens", str(NEW), "--dtype", "float64", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*words, "--batch", "3", "--block", "1", "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads(result.stdout)
+    assert (found["done_before"], found["written"]) == (torn.count(b"\n"), 40 - torn.count(b"\n"))
+    assert 0 < found["done_before"] < 40
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_the_command_says_what_it_lacks(target: Path, prompts: Path, tmp_path: Path) -> None:
