@@ -119,7 +119,7 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address in (LOCAL, "auto"):
         return
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise UserError(f"--cluster takes local or ray://HOST:PORT, not {address!r}")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()

@@ -242,7 +242,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 def read_share(text: str) -> tuple[int, int]:
     """Read ``i/n`` with 0 ≤ i < n: which of n shares. Raises UserError for anything else."""
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError(f"--shard takes i/n with 0 ≤ i < n, such as 0/4, not {text!r}")
     return int(index), int(count)
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from t2iprobe.config import Study, dump_study, list_presets, load_study, parse_settings
+from t2iprobe.config import Study, dump_study, list_presets, load_study, parse_settings, read_share
 from t2iprobe.errors import UserError
 
 
@@ -76,3 +76,10 @@ def test_dumped_study_builds_the_same_study() -> None:
 
     assert study.synsets == "dog.n.01,cat.n.01"
     assert Study(**dump_study(study)) == study
+
+
+def test_shares_are_decimal_numbers() -> None:
+    assert read_share("0/4") == (0, 4)
+    for text in ("4/4", "1", "a/b", "\u00b9/\u00b2"):
+        with pytest.raises(UserError, match="--shard takes i/n"):
+            read_share(text)

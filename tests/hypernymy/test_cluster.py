@@ -332,8 +332,9 @@ def test_no_cluster_is_told_at_once(tiny_model: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no Ray cluster at ray://127.0.0.1:9 .*ray start --head"):
             run_on_cluster(study, tmp_path / "run", Cluster("ray://127.0.0.1:9"))
         assert time.monotonic() - began < 15
-        with pytest.raises(UserError, match="--cluster takes local or ray://HOST:PORT, not 'nowhere'"):
-            run_on_cluster(study, tmp_path / "run", Cluster("nowhere"))
+        for address in ("nowhere", "ray://here:\u00b2"):
+            with pytest.raises(UserError, match=f"--cluster takes local or ray://HOST:PORT, not '{address}'"):
+                run_on_cluster(study, tmp_path / "run", Cluster(address))
     assert not (tmp_path / "run").exists()
 
 

@@ -237,6 +237,7 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
         ({"draft": "a" * 300}, "there is no draft 'aaa"),
         ({"draft": "~nobody-of-that-name"}, "there is no draft '~nobody"),
         ({"draft": "copy:5"}, "2, 3, 4 or 8 bits"),
+        ({"draft": "copy:²"}, "needs a number"),
         ({"draft": str(foreign)}, "another vocabulary"),
         ({"draft": "student"}, "drafts only for SmolLM2"),
         ({"draft": "none", "memory": 10_000}, "memory budget of 10000 bytes is too small"),
