@@ -24,7 +24,7 @@ from t2iprobe.llm.commands import load_engine
 from t2iprobe.llm.faithfulness import compare_signals, name_synset
 from t2iprobe.llm.models import DEFAULT_MODEL
 from t2iprobe.llm.prompts import EngineWriter, Writing, summarise_prompts, write_prompts
-from t2iprobe.storage import write_atomically
+from t2iprobe.storage import read_lines, write_atomically
 
 SIGNALS = {"gloss_pmi": "gloss PMI", "isa": "is-a", "unsupported": "unsupported objects"}
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             model=options.model,
             show=lambda done, total: print(f"{done} of {total}", file=sys.stderr),
         )
-        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_lines(out)]
         written = [(wordnet.synset(row["synset"]), row["prompt"]) for row in rows if row["written"]]
         compared.append(judge("written", written, "sibling"))
     return {"model": options.model, "synsets": len(synsets), "writing": made, "signals": compared} | {

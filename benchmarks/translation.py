@@ -32,6 +32,7 @@ from t2iprobe.llm.corpus.arms import Plan, run_plan
 from t2iprobe.llm.corpus.documents import Source, number_of
 from t2iprobe.llm.translation import Translation, chrf, translate_file
 from t2iprobe.llm.translators import make_translator
+from t2iprobe.storage import read_lines
 from t2iprobe.wordnet import reader
 
 SHORTEST, LONGEST = 80, 2000  # characters of a passage
@@ -74,7 +75,7 @@ def translate_rows(
     made = out / f"{backend}-{language}.jsonl"
     translation = Translation(make_translator(backend, None, "cpu", None), [language])
     translate_file(Source.open(given), made, translation)
-    return [json.loads(line) for line in made.read_text().splitlines()]
+    return [json.loads(line) for line in read_lines(made)]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -69,6 +69,16 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Return a file's lines of JSON, UTF-8 with or without a byte order mark.
+
+    Only a line break ends one: `str.splitlines` also splits at U+2028, U+2029 and U+0085, which JSON allows
+    inside a text. Raises OSError and UnicodeDecodeError.
+    """
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk (or quota, or file size limit) while writing below `path` into a UserError."""

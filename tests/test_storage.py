@@ -15,6 +15,7 @@ from t2iprobe.storage import (
     hash_files,
     is_utf8,
     read_arrays,
+    read_lines,
     remove_leftovers,
     write_atomically,
     write_output,
@@ -45,6 +46,18 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: 
     assert not dead.exists()
     assert living.exists()
     assert elsewhere.exists()
+
+
+def test_only_line_breaks_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for content, lines in (
+        ("", []),
+        ("\n", [""]),
+        ("a\u2028b\nc\u2029d\x85e\n\n", ["a\u2028b", "c\u2029d\x85e", ""]),
+        ("\ufeffa\r\nb", ["a", "b"]),
+    ):
+        path.write_bytes(content.encode())
+        assert read_lines(path) == lines
 
 
 def test_only_a_full_disk_is_explained(tmp_path: Path) -> None:

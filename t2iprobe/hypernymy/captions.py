@@ -35,7 +35,7 @@ def read_captions(path: Path, column: str | None = None) -> Iterator[str]:
             yield from map(_join_lines, _read_parquet(path, column))
             return
         opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115
-        with opened as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+        with opened as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             yield from map(_join_lines, _read_text(file, ending, column, path))
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read captions from {path} ({' '.join(str(error).split())[:200]})") from None

@@ -22,7 +22,7 @@ from t2iprobe.intervals import describe_difference, describe_mean, holm
 from t2iprobe.languages import check_language, write_prompt
 from t2iprobe.lexicon import find_words
 from t2iprobe.runs import Run
-from t2iprobe.storage import write_output
+from t2iprobe.storage import read_lines, write_output
 
 SCHEMA = "t2iprobe.languages/1"
 ENGLISH = "en"
@@ -78,7 +78,7 @@ def read_languages(path: Path, languages: Sequence[str]) -> Prompts:
     """
     prompts: Prompts = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
     for number, line in enumerate(lines, 1):

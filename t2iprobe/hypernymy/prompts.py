@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2iprobe.errors import UserError, suggest
-from t2iprobe.storage import is_utf8
+from t2iprobe.storage import is_utf8, read_lines
 from t2iprobe.wordnet import choose_article
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
     Returns synset name → its prompts, in the order of the file. Raises UserError naming a bad line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
     prompts: dict[str, list[str]] = {}

@@ -43,7 +43,7 @@ from t2iprobe.llm.models import (
     load_without_layers,
 )
 from t2iprobe.llm.parts import Parts
-from t2iprobe.storage import is_utf8, write_atomically
+from t2iprobe.storage import is_utf8, read_lines, write_atomically
 
 __all__ = [
     "DRAFTS",
@@ -317,7 +317,7 @@ def _load_smaller(engine: Engine, name: str) -> Decoder:
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Read JSONL rows that have `prompt` (a text) or `messages`. Raises UserError for another line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     rows = []

@@ -29,7 +29,7 @@ from t2iprobe.llm.faithfulness import (
     name_synset,
 )
 from t2iprobe.llm.models import find_language_model
-from t2iprobe.storage import explain_full_disk, write_atomically
+from t2iprobe.storage import explain_full_disk, read_lines, write_atomically
 
 if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import Synset
@@ -137,7 +137,7 @@ class ThroughputWriter:
             dtype=self.dtype,
             device=self.device,
         )
-        found = [json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines()]
+        found = [json.loads(line)["text"] for line in read_lines(texts)]
         for path in self.out.parent.glob(f".{self.out.name}.{seed}.*"):
             path.unlink()
         return found
@@ -368,7 +368,7 @@ def _continue(out: Path, settings: dict[str, Any], whole: int) -> list[dict[str,
         return []
     try:
         before = json.loads(beside.read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_lines(out)]
         names = [row["synset"] for row in rows]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(

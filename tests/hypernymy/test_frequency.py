@@ -109,6 +109,9 @@ def write_all(folder):
 def test_every_format_gives_the_same_captions(tmp_path):
     for name in write_all(tmp_path):
         assert list(read_captions(tmp_path / name)) == CAPTIONS, name
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"):  # as Windows saves them
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert list(read_captions(tmp_path / name)) == CAPTIONS, name
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

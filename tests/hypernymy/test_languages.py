@@ -72,6 +72,8 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         "dog.n.01": {"base": "a dog", "base [fr]": "un chien"}, "fox.n.01": {"prompt": "a fox"},
     }  # fmt: skip
     assert next(iter(read_languages(path, ["fr"])["dog.n.01"])) == "base"
+    path.write_text(path.read_text().replace("un chien", "un\u2028chien"), encoding="utf-8-sig")
+    assert read_languages(path, ["fr"])["dog.n.01"]["base [fr]"] == "un\u2028chien"
     with pytest.raises(UserError, match="has no prompt in 'de' that is ok"):
         read_languages(path, ["de"])
     path.write_text('{"synset": "dog.n.01"}\n')

@@ -100,6 +100,12 @@ def test_read_prompts(tmp_path):
     }
 
 
+def test_only_line_breaks_end_a_prompts_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"synset": "dog.n.01", "prompt": "a dog\u2028in the snow"}\n', encoding="utf-8")
+    assert prompts.read_prompts(path) == {"dog.n.01": ["a dog\u2028in the snow"]}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -257,6 +257,8 @@ def test_what_cannot_be_is_told_in_a_line(target: Path, tmp_path: Path) -> None:
     for much in ("much", "9" * 400):
         with pytest.raises(UserError, match="write it as 300MB"):
             parse_bytes(much)
+    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.jsonl") == [{"prompt": "a\u2028b\u0085c"}]
     for content, match in (
         ("", "holds no prompts"),
         ('{"text": 1}', 'line 1: write {"prompt"'),

@@ -14,6 +14,7 @@ from t2iprobe import wordnet
 from t2iprobe.cli import app
 from t2iprobe.errors import UserError
 from t2iprobe.hypernymy.prompts import read_prompts
+from t2iprobe.llm import throughput
 from t2iprobe.llm.commands import load_engine
 from t2iprobe.llm.faithfulness import (
     Limits,
@@ -25,7 +26,7 @@ from t2iprobe.llm.faithfulness import (
     list_unsupported,
     swap_concept,
 )
-from t2iprobe.llm.prompts import Writing, clean_caption, find_synsets, write_prompts
+from t2iprobe.llm.prompts import ThroughputWriter, Writing, clean_caption, find_synsets, write_prompts
 
 
 def synset(name: str) -> Any:
@@ -202,6 +203,19 @@ def test_rejected_prompts_are_written_again(tmp_path: Path, model: str) -> None:
     assert told[-1] == (4, 4)
     # The probe reads the file as it is.
     assert read_prompts(out) == {"dog.n.01": [row["prompt"] for row in rows]}
+
+
+def test_what_a_model_writes_may_hold_any_separator(tmp_path: Path, monkeypatch: Any) -> None:
+    texts = [" a dog\u2028sits", " a cat\x85runs"]
+
+    def write(asked: Path, out: Path, **_: Any) -> None:
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+        out.write_text("".join(lines), encoding="utf-8")
+
+    monkeypatch.setattr(throughput, "write_file", write)
+    writer = ThroughputWriter(tmp_path / "prompts.jsonl", "toy")
+    assert writer.write(["a", "b"], Writing(1, 0), 7) == texts
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_continued_block_by_block(tmp_path: Path, model: str) -> None:

@@ -184,7 +184,7 @@ class Source:
         if len(line) > self.longest:
             raise ValueError(f"longer than {self.longest} bytes")
         try:
-            content = line.decode()
+            content = line.decode("utf-8-sig" if number == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {error.start} is not UTF-8") from None
         if self.form == "txt":

@@ -18,7 +18,7 @@ from t2iprobe.llm.models import Tokenizer
 from t2iprobe.llm.swarm.blocks import Ends
 from t2iprobe.llm.swarm.taught import Adapters, SoftPrompt
 from t2iprobe.llm.swarm.training import BlockChain, Rows, run_blocks
-from t2iprobe.storage import is_utf8
+from t2iprobe.storage import is_utf8, read_lines
 
 __all__ = ["Example", "Tuning", "example_loss", "parse_borders", "read_examples", "tune"]
 
@@ -185,7 +185,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, most_tokens: int = 256) -> l
     Raises UserError for another line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

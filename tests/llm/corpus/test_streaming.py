@@ -195,6 +195,14 @@ def test_broken_lines_are_told_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_byte_order_mark_belongs_to_no_text(tmp_path: Path) -> None:
+    for name, content in (("in.jsonl", '{"text": "a\u2028b"}\n{"text": "c"}\n'), ("in.txt", "a\u2028b\nc\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        rows, rejected = parse_all(tmp_path / name)
+        assert [row.text for row in rows] == ["a\u2028b", "c"]
+        assert not rejected
+
+
 def test_huge_lines_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * 9_000_000 + b'"}\n{"text": "after"}\n')

@@ -208,6 +208,9 @@ def test_examples_that_are_none_are_told_with_their_line(toy, tmp_path):
         ([0, 6, 7, 8, 1], 1),
         ([6, 5, 7, 1], 2),
     ]
+    path.write_text('\ufeff{"prompt": "a\u2028:", "text": "b"}\n', encoding="utf-8")
+    (found,) = read_examples(path, tokenizer)
+    assert found.tokens.tolist() == [6, 2, 5, 7, 1]
     for line in ('{"prompt": "a"}', "[]", "nonsense", '{"text": 7}', '{"text": "  "}'):
         path.write_text(f'{{"text": "abc"}}\n{line}\n')
         with pytest.raises(UserError, match="line 2: write"):
