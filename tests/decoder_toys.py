@@ -34,6 +34,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "smollm3": lambda: transformers.SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1]),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**_SIZES),
     "gpt2": lambda: transformers.GPT2Config(**_GPT2, bos_token_id=1, eos_token_id=2),
+    "phi3": lambda: transformers.Phi3Config(**_GROUPED),
     "opt": lambda: transformers.OPTConfig(
         **{name: value for name, value in _SIZES.items() if name != "intermediate_size"},
         ffn_dim=48,

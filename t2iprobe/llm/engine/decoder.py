@@ -65,8 +65,21 @@ class Decoder:
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens a text may have, None where there is no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """How many tokens a text may have, None where there is no limit.
+
+        A longrope model turns all positions of a longer text another way than those of a shorter one, by the
+        last position of the whole pass: a tree's deepest guess, or a text beside, would change this one's
+        rows, and their keys in the cache. So a text ends where the other way begins.
+        """
+        limits = getattr(self.config, "max_position_embeddings", None), _find_turn(self.config)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def context_end(self) -> str:
+        """Where the model's context ends, and why it is not where the model says."""
+        limit = self.context_length
+        why = ", where its longrope begins to turn all positions another way"
+        return f"the model's context ends at {limit}{why if limit == _find_turn(self.config) else ''}"
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +165,7 @@ class Decoder:
         starts, longest = torch.tensor(cache.lengths), int(lengths.max())
         limit, total = self.context_length, int((starts + lengths).max())
         if limit is not None and total > limit:
-            raise UserError(f"the prompt has {total} tokens: the model's context ends at {limit}, shorten it")
+            raise UserError(f"the prompt has {total} tokens: {self.context_end}, shorten it")
         # Padding stands in front, so that the last row is every text's last token.
         padded = torch.zeros(len(tokens), longest, dtype=torch.int64)
         for row, text in enumerate(tokens):
@@ -231,6 +244,14 @@ def _find_windows(config: Any) -> dict[str, int | None]:
     if unknown := sorted(set(kinds) - set(_MASKED_KINDS)):
         raise UserError(f"{config.model_type} models cannot verify trees: they have {unknown[0]} layers")
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+
+def _find_turn(config: Any) -> int | None:
+    """Return from how many tokens on longrope turns all positions another way, None without longrope."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found] if "rope_type" in found else found.values()  # or of each kind of layer
+    turning = [kind for kind in kinds if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    return min((kind["original_max_position_embeddings"] for kind in turning), default=None)
 
 
 def _check_trees(model: LanguageModel) -> None:

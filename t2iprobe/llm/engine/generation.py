@@ -414,9 +414,7 @@ def check_texts(target: Decoder, draft: Draft | None, texts: Sequence[Tensor], m
         raise UserError("an empty prompt has nothing to be continued: give it a token, such as BOS")
     limit = target.context_length
     if limit is not None and (longest := max(map(len, texts), default=0)) >= limit:
-        raise UserError(
-            f"the prompt has {longest} tokens and the model's context ends at {limit}: shorten it"
-        )
+        raise UserError(f"the prompt has {longest} tokens and {target.context_end}: shorten it")
     _check_vocabulary(target, draft, texts)
 
 

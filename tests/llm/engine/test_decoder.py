@@ -195,6 +195,35 @@ def test_the_context_ends_the_prompt_but_not_the_tree(family):
         torch.testing.assert_close(logits[0, node], expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_longrope_text_ends_where_all_positions_would_turn(family):
+    border = 20
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"factor": 4.0, "original_max_position_embeddings": border}
+    model = toys.tiny_model(family, rope_parameters=rope, original_max_position_embeddings=border)
+    decoder = Decoder(model)
+    assert decoder.context_length == border
+    with pytest.raises(
+        UserError, match=f"has 21 tokens: the model's context ends at {border}, where its longrope"
+    ):
+        decoder.prefill([toys.random_tokens(border + 1)])
+    text = toys.random_tokens(border - 2)
+    cache, _ = decoder.prefill([text, text[:3]])
+    chain = toys.random_tokens(1, 4).expand(2, 4)
+    mask = torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    # Two nodes of the first text lie outside: they change no other row, and no key that is kept.
+    positions = torch.arange(4) + torch.tensor([[border - 2], [3]])
+    logits = decoder.forward(chain, positions, mask, cache)
+    cache.keep([[0], [0, 1]])
+    for row, (start, nodes) in enumerate(((text, 2), (text[:3], 4))):
+        for node in range(nodes):
+            expected = toys.plain_logits(model, torch.cat([start, chain[row, : node + 1]]))
+            torch.testing.assert_close(logits[row, node], expected, rtol=0, atol=1e-9)
+    logits = decoder.forward(chain[:, :1], torch.tensor([[border - 1], [5]]), mask[:, :1, :1], cache)
+    expected = toys.plain_logits(model, torch.cat([text, chain[0, [0, 0]]]))
+    torch.testing.assert_close(logits[0, 0], expected, rtol=0, atol=1e-9)
+
+
 def test_facts_about_the_model():
     decoder = Decoder(toys.tiny_model("llama", torch.float32))
     assert (decoder.vocabulary, decoder.device, decoder.dtype) == (37, torch.device("cpu"), torch.float32)
