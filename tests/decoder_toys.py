@@ -41,12 +41,37 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         word_embed_proj_dim=32,
     ),
 }
+_PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_GEMMA4 = _GROUPED | {"head_dim": 8, "global_head_dim": 16, "sliding_window": WINDOW}
+_KINDS = ["sliding_attention", "full_attention"]
+# Whose checkpoints have other names than the model, or tensors that it holds as one, or learned buffers.
+AWKWARD: dict[str, Callable[[], Any]] = {
+    "gemma3 with pictures": lambda: transformers.Gemma3Config(
+        text_config=_GROUPED | {"head_dim": 8, "sliding_window": WINDOW, "layer_types": [*_KINDS, _KINDS[0]]},
+        vision_config=_PICTURES | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    ),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **_GEMMA4 | {"num_hidden_layers": 4}, layer_types=_KINDS * 2, hidden_size_per_layer_input=0
+    ),
+    "gemma4 with shared keys": lambda: transformers.Gemma4TextConfig(
+        **_GEMMA4 | {"num_hidden_layers": 4},
+        layer_types=_KINDS * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
+    "qwen3 with experts": lambda: transformers.Qwen3MoeConfig(
+        **_GROUPED, head_dim=8, num_experts=11, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=3),
+}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
     """A model of `family` whose random weights are so large that every token it sees matters."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = (FAMILIES | AWKWARD)[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -54,6 +79,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer.uniform_(0.5, 1.5)
     return model
 
 

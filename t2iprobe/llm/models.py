@@ -178,7 +178,9 @@ def decoder_layers(model: LanguageModel) -> "torch.nn.ModuleList":
     import torch
 
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    # First where the text is read: the layers that see pictures may be as many. Some families call their
+    # head the decoder.
+    for module in (*model.get_decoder().modules(), *model.base_model.modules()):
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{model.config.model_type} models have no list of {count} layers")

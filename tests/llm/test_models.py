@@ -136,6 +136,22 @@ def test_layers_are_found_in_every_family(family):
     assert all(any(True for _ in layer.parameters()) for layer in layers)
 
 
+def test_layers_that_see_pictures_are_no_decoder_layers():
+    model = toys.tiny_model("gemma3 with pictures")
+    model.config.text_config.num_hidden_layers = 2  # as many as those of the pictures
+    del model.model.language_model.layers[2:]
+    assert decoder_layers(model) is model.model.language_model.layers
+
+
+def test_a_model_whose_head_is_called_decoder_has_layers():
+    config = transformers.ModernBertDecoderConfig(
+        vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert len(decoder_layers(model)) == 3
+
+
 @pytest.mark.parametrize("family", toys.FAMILIES)
 def test_a_model_without_layers_has_all_the_rest(family, tmp_path):
     files = save_toy(tmp_path, family)
