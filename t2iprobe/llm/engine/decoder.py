@@ -185,7 +185,7 @@ class Decoder:
 
 
 class Lending:
-    """Lets a store's tensors stand in for the parameters of a model's layers, one layer at a time or more.
+    """Lets a store's tensors stand in for those of a model's layers, one layer at a time or more.
 
     `layers` are some of the model's, all without. Raises UserError for a store of another number of layers.
     """
@@ -197,8 +197,8 @@ class Lending:
         if len(self._layers) != store.layers:
             raise UserError(f"the model has {len(self._layers)} layers and its weight store {store.layers}")
         self._store = store
-        self._dtype = model.get_input_embeddings().weight.dtype
-        self._own = [dict(layer.named_parameters()) for layer in self._layers]
+        # Buffers that are stored were learned, too, such as Gemma 4's scale of a layer.
+        self._own = [layer.state_dict(keep_vars=True) for layer in self._layers]
         self._lent: set[int] = set()
 
     def attach(self) -> None:
@@ -208,17 +208,17 @@ class Lending:
             layer.register_forward_hook(lambda *_, number=number: self.take_back(number))
 
     def lend(self, number: int) -> None:
-        """Let the store's tensors stand in for a layer's parameters."""
+        """Let the store's tensors stand in for a layer's own."""
         self._lent.add(number)
         own, tensors = self._own[number], self._store.acquire(number)
         if lacking := sorted(own.keys() - tensors.keys()):
             raise UserError(f"the weight store's layer {number} lacks {lacking[0]}: pack the model again")
-        _set_parameters(self._layers[number], {name: tensors[name].to(self._dtype) for name in own})
+        _set_tensors(self._layers[number], {name: tensors[name].to(each.dtype) for name, each in own.items()})
 
     def take_back(self, number: int) -> None:
-        """Give a layer its own parameters back, and the store its tensors."""
+        """Give a layer its own tensors back, and the store its."""
         self._lent.discard(number)
-        _set_parameters(self._layers[number], self._own[number])
+        _set_tensors(self._layers[number], self._own[number])
         self._store.release(number)
 
     def take_back_all(self) -> None:
@@ -227,12 +227,14 @@ class Lending:
             self.take_back(number)
 
 
-def _set_parameters(layer: nn.Module, tensors: dict[str, Any]) -> None:
+def _set_tensors(layer: nn.Module, tensors: dict[str, Any]) -> None:
+    """Put parameters and buffers in their places."""
     for name, tensor in tensors.items():
-        module, _, attribute = name.rpartition(".")
-        if not isinstance(tensor, nn.Parameter):
+        path, _, attribute = name.rpartition(".")
+        module = layer.get_submodule(path)
+        if isinstance(getattr(module, attribute), nn.Parameter) and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(layer.get_submodule(module), attribute, tensor)
+        setattr(module, attribute, tensor)
 
 
 def _find_windows(config: Any) -> dict[str, int | None]:
