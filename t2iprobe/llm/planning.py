@@ -28,9 +28,9 @@ from t2iprobe.llm.models import (
     LanguageModel,
     LanguageModelFiles,
     cache_folder,
-    decoder_layers,
     find_language_model,
     load_without_layers,
+    share_rest,
 )
 from t2iprobe.storage import write_atomically
 
@@ -184,15 +184,9 @@ def find_hardware(
 
 def _share_rest(files: LanguageModelFiles, model: LanguageModel) -> LanguageModel:
     """Return another model without layers that has this one's embedding, norm and head."""
-    inside = {id(parameter) for parameter in decoder_layers(model).parameters()}
-    rest = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) not in inside
-    }
     weight = model.get_input_embeddings().weight
     dtype = str(weight.dtype).removeprefix("torch.")
-    return load_without_layers(files, rest, dtype=dtype, device=str(weight.device))
+    return load_without_layers(files, share_rest(model), dtype=dtype, device=str(weight.device))
 
 
 def describe_choice(choice: Choice, packed: Packed, memory: int | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import decoder_toys
 import pytest
 import torch
 from language_toys import WORDS, blur, make_toy, save_toy, write_plainly
@@ -23,7 +24,8 @@ from t2iprobe.llm.commands import (
     read_prompts,
     write_texts,
 )
-from t2iprobe.llm.engine.generation import Trees
+from t2iprobe.llm.engine.generation import Trees, generate
+from t2iprobe.llm.models import decoder_layers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +94,33 @@ def test_every_draft_in_every_memory_writes_the_targets_text(
             assert counters.bytes_used == counters.passes * each
             assert engine.resident_bytes() <= budget[memory]  # the draft's weights, too
             assert (len(engine.store.resident) > 0) == (memory == "half")
+
+
+@pytest.mark.parametrize("family", ["gemma3 with pictures", "gemma4", "qwen3 with experts"])
+def test_awkward_models_write_their_text_from_any_memory(family: str, tmp_path: Path) -> None:
+    words = WORDS[: decoder_toys.VOCABULARY]
+    model = decoder_toys.tiny_model(family, torch.float32)
+    folder = str(save_toy(tmp_path / "toy", model, words=words))
+    prompt = torch.tensor([[words.index(letter) for letter in "heron"]])
+    plain = model.generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    for draft, memory in (("early-exit:2", None), ("early-exit:2", 10**9), ("copy:8", None), ("none", 10**9)):
+        with load_engine(folder, draft, memory=memory) as engine:
+            trees = choose_trees(engine, "best-first", 4, 4, "auto")
+            (made,) = generate(engine.target, engine.draft, prompt, trees=trees, max_new_tokens=12)
+            assert made.token_ids == plain[0, prompt.shape[1] :].tolist()
+            if draft == "early-exit:2":
+                layers = decoder_layers(engine.draft.decoder.model)
+                for layer, whole in zip(layers, decoder_layers(model), strict=False):
+                    for name, each in layer.state_dict().items():
+                        assert torch.equal(each, whole.state_dict()[name])
+
+
+def test_no_early_exit_from_layers_that_read_each_others_keys(tmp_path: Path) -> None:
+    model = decoder_toys.tiny_model("gemma4 with shared keys", torch.float32)
+    folder = save_toy(tmp_path / "toy", model, words=WORDS[: decoder_toys.VOCABULARY])
+    for memory in (None, 10**9):
+        with pytest.raises(UserError, match="not in parts"):
+            load_engine(str(folder), "early-exit:2", memory=memory)
 
 
 def test_generate_prints_one_object(target: Path) -> None:

@@ -18,11 +18,14 @@ from t2iprobe.llm.models import (
     LanguageModelFiles,
     build_folder_once,
     cache_folder,
+    check_parts,
     decoder_layers,
     find_language_model,
+    layers_name,
     load_language_model,
     load_tokenizer,
     load_without_layers,
+    share_rest,
 )
 
 PROMPT = toys.random_tokens(7)
@@ -141,6 +144,7 @@ def test_layers_that_see_pictures_are_no_decoder_layers():
     model.config.text_config.num_hidden_layers = 2  # as many as those of the pictures
     del model.model.language_model.layers[2:]
     assert decoder_layers(model) is model.model.language_model.layers
+    assert layers_name(model) == "model.language_model.layers"
 
 
 def test_a_model_whose_head_is_called_decoder_has_layers():
@@ -150,6 +154,46 @@ def test_a_model_whose_head_is_called_decoder_has_layers():
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert len(decoder_layers(model)) == 3
+
+
+def test_tensors_by_unknown_names_are_told(tmp_path):
+    files = save_toy(tmp_path)
+    tensors = load_file(weights_of(files))
+    other = {name.replace("model.norm", "model.last_norm"): each for name, each in tensors.items()}
+    told = r"lack model\.norm\.weight, and hold model\.last_norm\.weight that its config\.json does"
+    with pytest.raises(UserError, match=told):
+        load_without_layers(files, {name: each for name, each in other.items() if ".layers." not in name})
+    save_file(other, weights_of(files))
+    with pytest.raises(UserError, match=told):
+        load_language_model(files)
+
+
+def test_buffers_beside_the_layers_are_loaded_and_shared(monkeypatch, tmp_path):
+    files, make = save_toy(tmp_path), models._make_empty
+
+    def make_with_buffers(*args):
+        model = make(*args)
+        model.model.register_buffer("scale", torch.ones(1))
+        model.model.register_buffer("count", torch.tensor(7))
+        return model
+
+    monkeypatch.setattr(models, "_make_empty", make_with_buffers)
+    rest = {name: each for name, each in load_file(weights_of(files)).items() if ".layers." not in name}
+    with pytest.raises(UserError, match=r"lack model\.scale, model\.count: download"):
+        load_without_layers(files, rest)
+    rest |= {"model.scale": torch.tensor([3.0]), "model.count": torch.tensor(9)}
+    model = load_without_layers(files, rest)
+    for each in (model, load_without_layers(files, share_rest(model))):
+        assert (each.model.scale.item(), each.model.count.item()) == (3.0, 9)
+        assert each.model.count.dtype == torch.int64
+    assert share_rest(model).keys() >= rest.keys()
+    assert not any(".layers." in name for name in share_rest(model))
+
+
+def test_models_whose_layers_read_more_than_hidden_states_do_not_run_in_parts():
+    check_parts(toys.tiny_model("gemma4"))
+    with pytest.raises(UserError, match="gemma4_text models run whole, also with --memory, but not in parts"):
+        check_parts(toys.tiny_model("gemma4 with shared keys"))
 
 
 @pytest.mark.parametrize("family", toys.FAMILIES)

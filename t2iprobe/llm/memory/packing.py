@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.memory.quantization import quantize
+from t2iprobe.llm.naming import Naming
 from t2iprobe.storage import explain_full_disk, lock_folder, remove_leftovers, write_atomically
 
 BLOCK = 4096  # what direct reads of any common disk are aligned to
@@ -79,19 +80,24 @@ def view_tensors(layout: Mapping[str, Place], data: torch.Tensor) -> dict[str, t
     }
 
 
-def pack_layers(folder: Path, out: Path, dtype: str | None = None) -> Packed:
+def pack_layers(
+    folder: Path, out: Path, dtype: str | None = None, naming: Callable[[], Naming] | None = None
+) -> Packed:
     """Write the safetensors model in `folder` to `out` by layer, or open it where that was done.
 
-    With a `dtype` ("float32"), floating-point tensors are cast to it. A run that was killed is continued, and
-    a model that has changed since is packed anew. Where another process packs it, that one is waited for.
-    Raises UserError for a model that cannot be read.
+    With a `dtype` ("float32"), floating-point tensors are cast to it. With a `naming`, layers are written as
+    the model holds them, and refused before anything is written where they are not whole; what is no layer
+    keeps the checkpoint's names. A run that was killed is continued, and a model that has changed since is
+    packed anew. Where another process packs it, that one is waited for. Raises UserError for a model that
+    cannot be read.
     """
     weights = _find_tensors(folder)
-    model = _identify(folder, weights, dtype)
+    model = _identify(folder, weights, dtype, naming is not None)
     if packed := _find_packed(out, model):
         return packed
     with lock_folder(out):
-        return _find_packed(out, model) or _pack_layers(folder, out, dtype, weights, model)
+        found = _find_packed(out, model)
+        return found or _pack_layers(folder, out, dtype, weights, model, naming and naming())
 
 
 def _find_packed(out: Path, model: str) -> Packed | None:
@@ -103,10 +109,14 @@ def _find_packed(out: Path, model: str) -> Packed | None:
 
 
 def _pack_layers(
-    folder: Path, out: Path, dtype: str | None, weights: Mapping[str, str], model: str
+    folder: Path, out: Path, dtype: str | None, weights: Mapping[str, str], model: str, naming: Naming | None
 ) -> Packed:
-    (out / INDEX).unlink(missing_ok=True)
+    if naming is not None:
+        weights = {name: file for name, file in weights.items() if not naming.ignores(name)}
     prefix, layers = _group_by_layer(folder, weights)
+    if naming is not None:
+        _check_layers(folder, weights, layers, naming)
+    (out / INDEX).unlink(missing_ok=True)
     rest = {name: name for name in weights if name not in {old for layer in layers for old in layer.values()}}
     groups = {f"layer_{number:03}.safetensors": layer for number, layer in enumerate(layers)}
     groups["rest.safetensors"] = {new: old for new, old in rest.items() if not _COMPUTED.fullmatch(new)}
@@ -114,9 +124,13 @@ def _pack_layers(
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         files = {}
-        for file, names in groups.items():
+        for number, (file, names) in enumerate(groups.items()):
             if not _was_packed(out / file, model):
-                tensors = _read_tensors(folder, weights, names, dtype)
+                tensors = _read_tensors(folder, weights, names.values(), dtype)
+                if naming is not None and number < len(layers):
+                    tensors = naming.convert_layer(number, tensors)
+                else:
+                    tensors = {new: tensors[old] for new, old in names.items()}
                 write_atomically(out / file, _serialize(tensors, model))
             files[file] = (out / file).stat().st_size
         index = {"format": _FORMAT, "model": model, "prefix": prefix, "files": files}
@@ -161,7 +175,7 @@ def _quantize_file(file: PackedFile, bits: int, group: int) -> dict[str, torch.T
         if tensor.dim() < 2 or not tensor.is_floating_point():
             tensors[name] = tensor
             continue
-        held = quantize(tensor, bits, group)
+        held = quantize(tensor.flatten(0, -2), bits, group)
         tensors |= {f"{name}|{number}": plane for number, plane in enumerate(held.planes)}
         tensors |= {f"{name}|scale": held.scale, f"{name}|minimum": held.minimum}
     return tensors
@@ -236,13 +250,14 @@ def _opened(path: Path) -> Any:
         raise UserError(f"cannot read {path} ({error}): fetch the model again") from None
 
 
-def _identify(folder: Path, weights: Mapping[str, str], dtype: str | None) -> str:
+def _identify(folder: Path, weights: Mapping[str, str], dtype: str | None, named: bool) -> str:
     """Hash what the packed files depend on. A model's files are known by size and time, not read."""
     try:
         states = [(name, (folder / name).stat()) for name in sorted(set(weights.values()))]
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): fetch the model again") from None
-    text = repr([_FORMAT, dtype, [(name, state.st_size, state.st_mtime_ns) for name, state in states]])
+    facts = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    text = repr([_FORMAT, dtype, facts, *(["named"] if named else [])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -278,15 +293,26 @@ def _slice(file: Any, name: str, path: Path) -> Any:
 
 
 def _read_tensors(
-    folder: Path, weights: Mapping[str, str], names: Mapping[str, str], dtype: str | None
+    folder: Path, weights: Mapping[str, str], names: Collection[str], dtype: str | None
 ) -> dict[str, torch.Tensor]:
-    files = {file: _opened(folder / file) for file in {weights[old] for old in names.values()}}
+    files = {file: _opened(folder / file) for file in {weights[name] for name in names}}
     tensors = {}
-    for new, old in names.items():
-        tensor = _slice(files[weights[old]], old, folder / weights[old])[...]
+    for name in names:
+        tensor = _slice(files[weights[name]], name, folder / weights[name])[...]
         cast = dtype is not None and tensor.is_floating_point()
-        tensors[new] = tensor.to(getattr(torch, str(dtype))) if cast else tensor
+        tensors[name] = tensor.to(getattr(torch, str(dtype))) if cast else tensor
     return tensors
+
+
+def _check_layers(
+    folder: Path, weights: Mapping[str, str], layers: Sequence[Mapping[str, str]], naming: Naming
+) -> None:
+    """Raise UserError where a layer is not what the model holds, by names and shapes alone."""
+    files = {file: _opened(folder / file) for file in set(weights.values())}
+    for number, layer in enumerate(layers):
+        slices = {old: _slice(files[weights[old]], old, folder / weights[old]) for old in layer.values()}
+        empty = {old: torch.empty(each.get_shape(), device="meta") for old, each in slices.items()}
+        naming.convert_layer(number, empty)
 
 
 def _serialize(tensors: Mapping[str, torch.Tensor], model: str) -> bytes:

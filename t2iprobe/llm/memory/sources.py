@@ -241,7 +241,7 @@ class QuantizedSource:
         places = view_tensors(self._layouts[layer], out)
         for name, tensor in self._tensors[layer].items():
             if isinstance(tensor, Quantized):
-                dequantize(tensor, places[name])
+                dequantize(tensor, places[name].flatten(0, -2))
             else:
                 places[name].copy_(tensor, non_blocking=True)
             yield tensor.nbytes
@@ -326,12 +326,14 @@ class DequantizedSource:
                 continue
             planes = tuple(tensors[f"{name}|{plane}"] for plane in range(count_planes(self._bits)))
             scale, minimum = tensors[f"{name}|scale"], tensors[f"{name}|minimum"]
-            dequantize(Quantized(planes, scale, minimum, self._bits, self._group), place)
+            held = Quantized(planes, scale, minimum, self._bits, self._group)
+            dequantize(held, place.flatten(0, -2))
 
 
 def _hold(tensor: torch.Tensor, bits: int, group: int) -> Quantized | torch.Tensor:
     is_matrix = tensor.dim() > 1 and tensor.is_floating_point()
-    held = quantize(tensor, bits, group) if is_matrix else tensor.clone()
+    # Experts' matrices lie one behind the other: groups are rows of one, not the same row of many.
+    held = quantize(tensor.flatten(0, -2), bits, group) if is_matrix else tensor.clone()
     return held.pin_memory() if torch.cuda.is_available() else held
 
 

@@ -13,7 +13,7 @@ from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.memory.packing import pack_layers, read_rest
 from t2iprobe.llm.memory.sources import DiskSource
 from t2iprobe.llm.memory.store import WeightStore
-from t2iprobe.llm.models import decoder_layers, find_language_model, load_without_layers
+from t2iprobe.llm.models import decoder_layers, find_language_model, load_without_layers, name_tensors
 
 # Gemma 2 takes its softmax in float32, whatever the model's dtype.
 EXACT = dict.fromkeys(toys.FAMILIES, 1e-9) | {"gemma2": 1e-5}
@@ -322,6 +322,23 @@ def test_layers_from_the_disk_compute_what_the_models_own_do(family, tmp_path):
     with WeightStore(DiskSource(packed), resident=[1]) as store:
         logits, _ = run_tree(Decoder(empty, store), PROMPTS)
         torch.testing.assert_close(logits, run_paths(model, PROMPTS), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", toys.AWKWARD)
+def test_layers_from_the_disk_are_what_the_model_holds(family, tmp_path):
+    model = toys.tiny_model(family, torch.float32)
+    expected = run_paths(model, PROMPTS)
+    model.save_pretrained(tmp_path / "model")
+    files = find_language_model(str(tmp_path / "model"))
+    packed = pack_layers(files.folder, tmp_path / "packed", None, lambda: name_tensors(files))
+    empty = load_without_layers(files, read_rest(packed))
+    initial = [layer.state_dict() for layer in decoder_layers(empty)]
+    with WeightStore(DiskSource(packed), resident=[1]) as store:
+        logits, _ = run_tree(Decoder(empty, store), PROMPTS)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    for layer, before in zip(decoder_layers(empty), initial, strict=True):  # buffers are given back, too
+        for name, each in layer.state_dict().items():
+            assert each.is_meta or torch.equal(each, before[name])
 
 
 def test_a_store_of_another_dtype_is_cast():

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from t2iprobe.errors import UserError
 from t2iprobe.llm.memory import packing
 from t2iprobe.llm.memory.packing import BLOCK, Packed, open_packed, pack_layers, read_rest
+from t2iprobe.llm.models import find_language_model, name_tensors
+from t2iprobe.llm.naming import Naming
 
 
 def save_checkpoint(folder: Path, *names: str, shape: tuple[int, ...] = (3, 5)) -> Path:
@@ -222,6 +224,37 @@ def test_models_that_cannot_be_packed(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"layers.0.other": "model.safetensors"}}))
     (folder / "model.safetensors").write_bytes(raw)
     refuse(folder, "cannot read")
+
+
+def test_layers_that_are_not_the_models_are_refused_before_anything_is_written(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "packed"
+    shutil.copytree(llama, folder)
+    files = find_language_model(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.3.mlp.scale": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"they hold model\.layers\.3\.mlp\.scale, which llama models have no place"
+    ):
+        pack_layers(folder, out, None, lambda: name_tensors(files))
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"they lack model\.layers\.3\.mlp\.up_proj\.weight"):
+        pack_layers(folder, out, None, lambda: name_tensors(files))
+    assert not out.exists()
+
+
+def test_what_was_packed_by_the_checkpoints_names_is_packed_anew(llama: Path, packed: Packed) -> None:
+    files, asked = find_language_model(str(llama)), []
+
+    def name() -> Naming:
+        asked.append(1)
+        return name_tensors(files)
+
+    for _ in range(2):
+        assert pack_layers(llama, packed.folder, None, name).layers[0].layout == packed.layers[0].layout
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("victim", ["layer_002.safetensors", "rest.safetensors", "index.json"])

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from t2iprobe.errors import UserError
 from t2iprobe.llm.memory import sources
-from t2iprobe.llm.memory.packing import BLOCK, Packed, view_tensors
+from t2iprobe.llm.memory.packing import BLOCK, Packed, pack_layers, pack_quantized, view_tensors
 from t2iprobe.llm.memory.quantization import dequantize, quantize
 from t2iprobe.llm.memory.sources import (
     Capped,
+    DequantizedSource,
     DiskSource,
     Link,
     QuantizedSource,
@@ -244,6 +245,21 @@ def test_matrices_come_dequantised_and_vectors_as_they_are(packed: Packed, bits:
             assert torch.equal(tensors[name], expected)
             traffic += stored
         assert sum(chunks) == source.traffic(layer) == traffic < source.nbytes(layer) == file.nbytes
+
+
+def test_each_experts_matrix_has_groups_of_its_own(tmp_path: Path) -> None:
+    experts = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "model").mkdir()
+    save_file({"layers.0.experts": experts}, tmp_path / "model" / "model.safetensors")
+    packed = pack_layers(tmp_path / "model", tmp_path / "packed")
+    stored = DiskSource(pack_quantized(packed, tmp_path / "quantized"))
+    for source in (QuantizedSource(DiskSource(packed), 4), DequantizedSource(stored, packed, 4)):
+        found = read_layer(source, 0)[0]["experts"]
+        expected = torch.empty_like(experts)
+        for matrix, out in zip(experts, expected, strict=True):
+            dequantize(quantize(matrix, 4), out)
+        assert torch.equal(found, expected)
+        assert source.traffic(0) == sum(quantize(matrix, 4).nbytes for matrix in experts)
 
 
 class Clock:
