@@ -36,7 +36,7 @@ from t2iprobe.llm.memory.quantization import row_bytes
 from t2iprobe.llm.memory.sources import DiskSource, QuantizedSource, Source, empty_buffer, padded
 from t2iprobe.llm.memory.store import WeightStore
 from t2iprobe.llm.memory.tiers import BatchCache
-from t2iprobe.llm.models import decoder_layers
+from t2iprobe.llm.models import check_parts, decoder_layers
 
 __all__ = ["Costs", "Hardware", "ModelShape", "Workload", "count_costs", "forecast", "measure_hardware"]
 
@@ -91,7 +91,12 @@ class ModelShape:
 
     @classmethod
     def from_model(cls, model: Any, packed: Packed | None = None) -> "ModelShape":
-        """Return the shape of a Hugging Face decoder on any device; bytes of layers are those of `packed`."""
+        """Return the shape of a Hugging Face decoder on any device; bytes of layers are those of `packed`.
+
+        Where layers' keys and values differ in size, they count as the largest. Raises UserError for a model
+        that cannot run in parts.
+        """
+        check_parts(model)
         layers = decoder_layers(model)
         inside = {id(parameter) for parameter in layers.parameters()}
         tensors = [tuple(each.shape) for each in layers[0].parameters()]
@@ -99,11 +104,10 @@ class ModelShape:
         if packed is not None:
             tensors = [place.shape for place in packed.layers[0].layout.values()]
             largest = max(file.nbytes for file in packed.layers)
-        matrices = tuple(sorted((shape[0], math.prod(shape[1:])) for shape in tensors if len(shape) > 1))
+        matrices = tuple(sorted((math.prod(shape[:-1]), shape[-1]) for shape in tensors if len(shape) > 1))
         config = model.config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_heads, head_dim = map(max, zip(*_cache_sizes(config), strict=True))
         widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
         ffn = next(filter(None, widths), 4 * hidden)
         attention = 2 * hidden * head_dim * (heads + kv_heads)
@@ -170,6 +174,18 @@ class ModelShape:
         copies = 2 * batch * slots * max(self.hidden, self.heads * self.head_dim) if rows > 1 else 0
         logits = batch * self.vocabulary * self.value_bytes + 3 * 8 * self.vocabulary
         return max((batch * rows * widths + copies) * self.value_bytes, logits)
+
+
+def _cache_sizes(config: Any) -> list[tuple[int, int]]:
+    """Return how many heads of keys and values each layer has, and how wide one is."""
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    return [
+        (
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+        )
+        for layer in layers
+    ]
 
 
 @dataclass(frozen=True)
@@ -650,10 +666,9 @@ class _Passes:
     def _fill(self, cache: RowCache, batch: int, context: int) -> None:
         """Let the cache hold numbers as if it had read a text."""
         cache.reserve(torch.arange(context, device=cache.positions.device).expand(batch, context))
-        states = torch.randn(
-            (batch, self.shape.kv_heads, context, self.shape.head_dim), generator=self._generator
-        ).to(self.decoder.device, self.decoder.dtype)
-        for layer in range(len(self._layers)):
+        for layer, (heads, width) in enumerate(_cache_sizes(self.decoder.config)):
+            states = torch.randn((batch, heads, context, width), generator=self._generator)
+            states = states.to(self.decoder.device, self.decoder.dtype)
             cache.update(states, states, layer)
         cache.advance(context)
         cache.keep([range(context)] * batch)

@@ -22,16 +22,26 @@ from t2iprobe.llm.memory.placement import Placement, Shares
 from t2iprobe.llm.memory.schedule import BUFFERS, open_source, open_store, realise_weights
 from t2iprobe.llm.memory.sources import DequantizedSource, Source, padded
 from t2iprobe.llm.memory.store import WeightStore, choose_resident, spread_evenly
-from t2iprobe.llm.models import LanguageModel, LanguageModelFiles, decoder_layers, load_without_layers
+from t2iprobe.llm.models import (
+    LanguageModel,
+    LanguageModelFiles,
+    check_parts,
+    decoder_layers,
+    load_without_layers,
+)
 from t2iprobe.llm.planning import find_budgets
 
 __all__ = ["Blocks", "Ends", "load_blocks", "place_blocks"]
 
 
 class _Bypass:
-    """A model whose layers run only if they are asked for; hidden states may go in and out at any."""
+    """A model whose layers run only if they are asked for; hidden states may go in and out at any.
+
+    Raises UserError for a model whose layers need more than those.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
+        check_parts(model)
         self.model = model
         self.layers = list(decoder_layers(model))
         self._active = range(0)

@@ -1,6 +1,7 @@
 """The cost model: bytes as packed, FLOPs as counted, published sizes, seconds by hand."""
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from decoder_toys import FAMILIES, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from t2iprobe.errors import UserError
+from t2iprobe.llm.engine.decoder import Decoder
 from t2iprobe.llm.memory import schedule
 from t2iprobe.llm.memory.cost import (
     BUFFERS,
@@ -18,6 +21,7 @@ from t2iprobe.llm.memory.cost import (
     Hardware,
     ModelShape,
     Workload,
+    _Passes,
     count_costs,
     count_placed,
     forecast,
@@ -31,7 +35,12 @@ from t2iprobe.llm.memory.cost import (
 from t2iprobe.llm.memory.packing import Packed, pack_layers, pack_quantized, read_rest
 from t2iprobe.llm.memory.placement import Placement, Shares
 from t2iprobe.llm.memory.sources import padded
-from t2iprobe.llm.models import LanguageModelFiles, load_without_layers
+from t2iprobe.llm.models import (
+    LanguageModelFiles,
+    find_language_model,
+    load_without_layers,
+    name_tensors,
+)
 
 HERE, AWAY = Shares(1, 0, 0), Shares(0, 0, 1)
 MACHINE = Hardware(
@@ -84,6 +93,31 @@ def test_bytes_are_those_of_the_packed_files(family: str, bits: int | None, tmp_
     assert shape.rest_bytes == sum(
         parameter.nbytes for parameter in model.parameters()
     ) - shape.layers * shape.traffic(None)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bytes_of_experts_are_those_of_the_packed_files(bits: int | None, tmp_path: Path) -> None:
+    model = tiny_model("qwen3 with experts", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    files = find_language_model(str(tmp_path / "model"))
+    packed = pack_layers(files.folder, tmp_path / "packed", None, lambda: name_tensors(files))
+    stored = packed if bits is None else pack_quantized(packed, tmp_path / "quantized", bits)
+    shape = ModelShape.from_model(model, packed)
+    assert shape == ModelShape.from_model(model)
+    assert {file.nbytes for file in stored.layers} == {shape.traffic(bits)}
+
+
+def test_layers_of_several_sizes_count_as_the_largest_and_are_measured() -> None:
+    model = tiny_model("gemma4", torch.float32)
+    shape = ModelShape.from_model(model)
+    assert (shape.kv_heads, shape.head_dim) == (2, 16)  # others have 8
+    passes = _Passes(Decoder(model), shape, time.perf_counter)
+    assert all(seconds > 0 for seconds in passes.prepare(2, 3, 4)())
+
+
+def test_layers_that_read_each_others_keys_are_not_planned_for() -> None:
+    with pytest.raises(UserError, match="not in parts"):
+        ModelShape.from_model(tiny_model("gemma4 with shared keys"))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "gpt-neox"])

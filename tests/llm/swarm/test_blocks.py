@@ -68,7 +68,7 @@ def test_so_it_is_for_every_partition(spans):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt-neox", "gemma2", "gemma4"])
 def test_a_servers_blocks_come_from_the_disk_and_nothing_else_does(family, tmp_path):
     toys.tiny_model(family).save_pretrained(tmp_path / "model")
     files = find_language_model(str(tmp_path / "model"))
@@ -225,6 +225,22 @@ def test_masks_are_no_larger_than_they_are_said_to_be(family):
     said = blocks.mask_bytes(2, 40, 40)
     assert sum(mask.nbytes for mask in made.values()) < said
     assert said <= peak <= said + 4 * positions.nbytes + 1024
+
+
+def test_a_client_has_both_ends_of_a_model_with_pictures(tmp_path):
+    model = toys.tiny_model("gemma3 with pictures", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    files = find_language_model(str(tmp_path / "model"))
+    whole = load_without_layers(files, read_rest(pack_model(files)))
+    found, texts = chain(whole, [toys.tiny_model("gemma3 with pictures", torch.float32)], [(0, 3)])
+    expected = torch.stack([toys.plain_logits(model, text) for text in texts])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_blocks_of_layers_that_read_each_others_keys_are_refused(tmp_path):
+    toys.tiny_model("gemma4 with shared keys").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not in parts"):
+        load_blocks(find_language_model(str(tmp_path)), 0, 2)
 
 
 def test_blocks_that_there_are_not_are_refused(tmp_path):
