@@ -153,6 +153,7 @@ def make_manifest(
     Where `out` holds a run of the same settings and inputs, its manifest is returned as it is: no network is
     loaded to see that, and an ``auto`` keeps the meaning it had when the run began, on whatever machine.
     """
+    until = adaptive.check_study(study, folder)
     configuration = dump_study(study) | ({"folder": str(folder)} if folder else {})
     inputs = hash_inputs(study, folder, told)
     if out is not None and (Path(out) / "manifest.json").exists():
@@ -160,7 +161,6 @@ def make_manifest(
         if stored["configuration"] == configuration and stored["inputs"] == inputs:
             return stored
     hierarchy = load_hierarchy(study)
-    until = adaptive.check_study(study, folder)
     prompts = _list_folder(folder, hierarchy) if folder else write_prompts(study, hierarchy)
     samples = 1 if folder else study.samples
     place = describe_place(study, judges_only=folder is not None) if told is None else told
