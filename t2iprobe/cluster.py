@@ -177,16 +177,16 @@ class Crew:
         self._room = 1
         self._done = self._given = 0
 
-    def ask(self, question: Callable[[], T]) -> T:
-        """Return what `question` says on a machine where a worker would be."""
+    def ask(self, question: Callable[[], T], count: int = 1) -> list[T]:
+        """Return what `question` says where a worker would be; it is asked in so many places at once."""
         # A process of its own: what it loads ends with it, and it takes as long to start as a worker.
         task = self._ray.remote(**self._needs, max_retries=TRIES, max_calls=1)(_answer)
         try:
-            answer = task.remote(question)
-            if not self._ray.wait([answer], timeout=WAIT_SECONDS)[0]:
+            answers = [task.remote(question) for _ in range(count)]
+            if not self._ray.wait(answers, num_returns=1, timeout=WAIT_SECONDS)[0]:
                 what = "GPU" if self._gpu else f"{self._cores} cores"
                 print(f"waiting for a machine of the cluster with a free {what}", file=sys.stderr)
-            return _open(self._ray.get(answer))
+            return [_open(answer) for answer in self._ray.get(answers)]
         except Exception as error:
             if "No module named 't2iprobe" not in str(error):
                 raise
@@ -237,8 +237,12 @@ class Crew:
             show(costs)
         return costs
 
-    def places(self) -> int:
-        """Return how many workers the machines of the cluster have room for now, if nobody else was there."""
+    def count_free(self) -> int:
+        """Return for how many workers there is room now, beside whoever else works there; at least one."""
+        what, each = ("GPU", 1) if self._gpu else ("CPU", self._cores)
+        return max(1, min(self._count_places(), int(self._ray.available_resources().get(what, 0) // each)))
+
+    def _count_places(self) -> int:
         what, each = ("GPU", 1) if self._gpu else ("CPU", self._cores)
         return sum(int(node.get(what, 0) // each) for node in self._nodes())
 
@@ -250,7 +254,7 @@ class Crew:
         """Start workers for all places, and one more: it waits for a machine that joins."""
         alive = [member for member in self._members if member.state != "dead"]
         if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._room = self.places()
+            self._room = self._count_places()
             self._looked = time.monotonic()
         shards = len(self._waiting) + sum(1 for member in alive if member.items)
         for _ in range(min(self._room + 1, shards) - len(alive)):

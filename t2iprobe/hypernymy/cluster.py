@@ -72,7 +72,7 @@ def run_on_cluster(
     ``cluster.json``, too. They are None where nothing was left to draw.
     """
     with connected(cluster, study.device) as crew:
-        told = crew.ask(partial(describe_worker, study))
+        (told,) = crew.ask(partial(describe_worker, study))
         run = Run.create(out, make_manifest(study, out, told=told), extend=extend)
         costs = None
         with run.writing():
@@ -113,7 +113,7 @@ def sweep_on_cluster(
     cells = list_cells(study, axes)
     own = study.model_copy(update={"scheduler": None})
     with connected(cluster, study.device) as crew, contextlib.ExitStack() as locks:
-        told = crew.ask(partial(describe_worker, own))
+        (told,) = crew.ask(partial(describe_worker, own))
         manifests = make_manifests(cells, out, told)
         runs = create_cells(cells, manifests, out, extend=extend)
         for run in runs:

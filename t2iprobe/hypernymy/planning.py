@@ -126,7 +126,8 @@ def plan_study(
     """Describe what a run would do: pictures, synsets, settings, what is stored, seconds. Writes nothing.
 
     The time is measured, see `prediction.measure_run`, for a `share` of the run, for all processes of a
-    launch, each by itself, or on a worker of a cluster; a command adds the `process_seconds` since its start.
+    launch, or for all workers that a cluster has room for now; a command adds the `process_seconds` since it
+    was started.
     Returns, besides, {predicted_seconds, batch_size, lanes, seconds: {start, prompts, pictures, report},
     step_seconds: of a batch, places: how many draw}; the seconds are the slowest place's.
     """
@@ -200,17 +201,22 @@ def _plan_on_cluster(
     describe: Callable[[Told | None], Plan], asked: Study, cluster: Cluster, begin: float
 ) -> dict[str, Any]:
     with connected(cluster, asked.device) as crew:
-        plan = describe(crew.ask(partial(describe_worker, asked)))
+        free = crew.count_free()
+        (told,) = crew.ask(partial(describe_worker, asked))
+        plan = describe(told)
         if not plan.left:
             return plan.found
-        count = max(1, min(crew.places(), -(-plan.left // plan.study.pictures_at_once)))
+        count = min(free, -(-plan.left // plan.study.pictures_at_once))
         classes = len(load_hierarchy(plan.study).classes)
         measure = partial(_measure_worker, plan.thin(count), classes, t2iprobe.__version__)
-        place, seconds = crew.ask(measure)
-        # All that is not measuring: connecting, both workers' starts, sending the plan.
-        start = time.perf_counter() - begin - (seconds - place.seconds["start"])
-    place = replace(place, seconds=place.seconds | {"start": start})
-    return _conclude(plan, [place] * count, place.logits)
+        measured = crew.ask(measure, count)
+        # All that is not measuring: connecting, the workers' starts, sending the plan.
+        rest = time.perf_counter() - begin - max(seconds for _, seconds in measured)
+    places = [
+        replace(place, seconds=place.seconds | {"start": rest + place.seconds["start"]})
+        for place, _ in measured
+    ]
+    return _conclude(plan, places, measured[0][0].logits)
 
 
 def _measure_worker(plan: Plan, classes: int, version: str) -> tuple[Place, float]:

@@ -89,7 +89,7 @@ def train_on_cluster(
     }
     costs = None
     with connected(cluster, settings.device) as crew:
-        model = crew.ask(partial(model_hash, settings.model, variant=settings.variant))
+        (model,) = crew.ask(partial(model_hash, settings.model, variant=settings.variant))
         identities = {name: identify(settings, concept, model) for name, concept in loaded.items()}
         missing = [name for name, identity in identities.items() if not find_finished(out / name, identity)]
         _make_folder(out)
