@@ -187,9 +187,12 @@ def _plan(
     share = share if launch is None else (launch.index, launch.count)
     if not (mine := plan.take(share)).left and launch is None:
         return plan.found
-    places, logits = [], {}
+    classes, places = len(load_hierarchy(plan.study).classes), []
+    # Of a process of a launch that has nothing left to draw.
+    made_up = np.random.default_rng(0).standard_normal((8, classes), np.float32)
+    logits = dict.fromkeys(plan.study.classifiers, made_up)
     if mine.left:
-        place = mine.measure(len(load_hierarchy(plan.study).classes), time.perf_counter() - begin)
+        place = mine.measure(classes, time.perf_counter() - begin)
         places, logits = [replace(place, logits={})], place.logits
     if launch is not None:
         told = launch.gather([vars(place) for place in places])

@@ -56,6 +56,23 @@ def test_shares_are_those_of_the_run(tiny_model: Path, tmp_path: Path) -> None:
     assert planning.describe_cost(told) == "time left: none"
 
 
+def test_a_launch_whose_first_process_is_done_plans_for_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    study = make_study(tiny_model)
+    run_study(study, tmp_path / "run", share=(0, 2))
+
+    class Other:
+        index, count, first = 0, 2, True
+
+        def gather(self, found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+            return [found, [vars(place(16.0))]]
+
+    told = planning.plan_study(study, tmp_path / "run", launch=Other())
+
+    assert (told["stored"], told["places"]) == (5, 1)
+    assert told["seconds"]["pictures"] == 16.0
+    assert told["seconds"]["report"] > 0
+
+
 def test_a_share_takes_its_part_of_the_time(tiny_model: Path, tmp_path: Path) -> None:
     study = make_study(tiny_model, samples=16, steps=60)
     whole, half = (planning.plan_study(study, None, share=share) for share in ((0, 1), (1, 4)))
